@@ -1,0 +1,163 @@
+"The curve against its reference, its gradients by definition, its corners by hand."
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from learned_relu.functional import learned_relu, learned_relu_reference
+
+SHAPES = [((6, 3), 1), ((6, 3), -1), ((4, 3, 5), 1), ((4, 5, 3), -1), ((2, 3, 4, 5), 1), ((2, 4, 5, 3), -1),
+          ((2, 3, 2, 3, 2), 1), ((2, 2, 3, 2, 3), -1), ((0, 3, 4, 4), 1), ((2, 3, 0, 4), 1)]
+LAYOUTS = ['contiguous', 'channels_last', 'strided', 'expanded']
+
+
+def params(n, dtype=torch.float64, grad=True, shape=None):
+    "leak, sub and maxv of `n` values, with caps that bind for part of a normal sample"
+    vs = torch.linspace(.05, .3, n), torch.linspace(-.2, .4, n), torch.linspace(.4, 1.2, n)
+    return [v.to(dtype).reshape(shape if shape is not None else (n,)).requires_grad_(grad) for v in vs]
+
+
+def away_from_kinks(x, leak, sub, maxv, channel_dim, gap=1e-3):
+    "Move inputs off x == 0 and z - sub == maxv, where a finite difference says nothing"
+    shape = [1]*x.ndim
+    shape[channel_dim] = -1
+    kink = (maxv + sub).detach().reshape(shape if maxv.numel() > 1 else (1,)*x.ndim)
+    for k in (torch.zeros(()), kink): x = torch.where((x - k).abs() < gap, k + 2*gap, x)
+    return x
+
+
+def laid_out(x, layout):
+    if layout == 'channels_last':
+        fmt = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+        return x.contiguous(memory_format=fmt) if fmt else x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == 'strided': return torch.stack([x, x], -1)[..., 0]
+    if layout == 'expanded': return x[:1].expand(x.shape) if len(x) else x
+    return x
+
+
+@pytest.mark.parametrize('layout', LAYOUTS[:3])  # finite differences need memory of their own for each element
+@pytest.mark.parametrize('per_channel', [True, False])
+@pytest.mark.parametrize('shape,channel_dim', SHAPES)
+def test_gradients_are_those_of_finite_differences(shape, channel_dim, per_channel, layout):
+    ps = params(3) if per_channel else params(1)
+    x = away_from_kinks(torch.randn(shape, dtype=torch.float64), *ps, channel_dim)
+    x = (laid_out(x, layout) if x.numel() else x).detach().requires_grad_()
+    assert gradcheck(learned_relu, (x, *ps, channel_dim))
+    assert gradgradcheck(learned_relu, (x, *ps, channel_dim))
+
+
+def test_gradients_with_0d_parameters():
+    ps = params(1, shape=())
+    x = away_from_kinks(torch.randn(5, dtype=torch.float64), *ps, 0).requires_grad_()
+    assert gradcheck(learned_relu, (x, *ps, 0)) and gradgradcheck(learned_relu, (x, *ps, 0))
+
+
+def test_parameters_of_different_shapes():
+    leak, sub, maxv = params(3)[0], params(1, shape=())[1], params(1)[2]
+    x = away_from_kinks(torch.randn(4, 3, dtype=torch.float64), leak, sub, maxv, 1).requires_grad_()
+    assert gradcheck(learned_relu, (x, leak, sub, maxv))
+
+
+finite = st.floats(-50, 50, width=32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(xs=st.lists(finite, min_size=1, max_size=40), leak=st.floats(0, 1, width=32), sub=st.floats(-2, 2, width=32),
+       maxv=st.floats(-1, 20, width=32))
+def test_any_numbers_agree_with_the_reference(xs, leak, sub, maxv):
+    x = torch.tensor(xs).requires_grad_()
+    ps = [torch.tensor([o]).requires_grad_() for o in (leak, sub, maxv)]
+    y, want = learned_relu(x[None], *ps), learned_relu_reference(x[None], *ps)
+    assert torch.equal(y, want)
+    g = torch.linspace(-1, 1, x.numel())[None]
+    for a, b in zip(torch.autograd.grad(y, [x, *ps], g), torch.autograd.grad(want, [x, *ps], g), strict=True): assert_close(a, b)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_dtype_layout_and_input_are_kept(dtype, layout):
+    x = laid_out(torch.randn(4, 3, 6, 6), layout).to(dtype)
+    before, like = x.clone(), x.relu()
+    ps = params(3, torch.float32)
+    x.requires_grad_()
+    y = learned_relu(x, *ps)
+    y.float().sum().backward()
+    assert y.dtype == dtype and y.stride() == like.stride()
+    assert torch.equal(x.detach(), before)
+    assert x.grad.dtype == dtype and all(p.grad.dtype == torch.float32 for p in ps)
+    assert_close(y, learned_relu_reference(before, *ps))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_parameter_gradients_are_summed_in_float32(dtype):
+    x = -torch.ones(1, 1, 100, 100, dtype=dtype)
+    leak, sub, maxv = params(1, torch.float32)
+    learned_relu(x, leak, sub, maxv).sum().backward()
+    assert leak.grad.item() == -10_000 and sub.grad.item() == -10_000 and maxv.grad.item() == 0
+
+
+def test_ties():
+    x = torch.tensor([[0., 1.5, 1.5 + 1e-6]]).requires_grad_()
+    leak, sub, maxv = (torch.tensor([o]).requires_grad_() for o in (.25, .5, 1.))
+    learned_relu(x, leak, sub, maxv).backward(torch.tensor([[1., 10., 100.]]))
+    assert x.grad.tolist() == [[.25, 0., 0.]]
+    assert (leak.grad.item(), sub.grad.item(), maxv.grad.item()) == (0., -1., 110.)
+
+
+@pytest.mark.parametrize('curve', [learned_relu, learned_relu_reference])
+def test_corners(curve):
+    inf, nan = torch.inf, torch.nan
+    x = torch.tensor([[-inf, inf, nan, -2., 3.]]).requires_grad_()
+    for leak, want in (0., [-1., 2., nan, -1., 2.]), (.5, [-inf, 2., nan, -2., 2.]):
+        ps = [torch.tensor(o).requires_grad_() for o in (leak, 1., 2.)]
+        y = curve(x, *ps)
+        assert_close(y, torch.tensor([want]), equal_nan=True)
+        dx, dmaxv = torch.autograd.grad(y.sum(), [x, ps[2]])
+        assert torch.equal(dx, torch.tensor([[leak, 0., leak, leak, 0.]])) and dmaxv.item() == 2
+
+
+def test_the_start_at_plain_relu_is_plain_relu():
+    x = torch.randn(3, 4, 5, 5)*3
+    zero = torch.zeros(())
+    assert torch.equal(learned_relu(x, zero, zero, torch.tensor(torch.inf)), F.relu(x))
+
+
+def test_only_the_input_is_saved():
+    x = torch.randn(4, 3, 8, 8, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        learned_relu(x, *params(3, torch.float32))
+    big = [t for t in saved if t.numel() > 3]
+    assert len(big) == 1 and big[0].data_ptr() == x.data_ptr()
+
+
+def test_only_what_is_needed_gets_a_gradient():
+    x = torch.randn(2, 3, requires_grad=True)
+    leak, sub, maxv = params(3, torch.float32, grad=False)
+    learned_relu(x, leak, sub.requires_grad_(), maxv).sum().backward()
+    assert leak.grad is None and maxv.grad is None and sub.grad is not None and x.grad is not None
+
+
+def test_compiled_without_a_graph_break():
+    x, ps = torch.randn(2, 3, 4, 4, requires_grad=True), params(3, torch.float32)
+    f = torch.compile(learned_relu, fullgraph=True, backend='aot_eager')
+    for a, b in zip(torch.autograd.grad(f(x, *ps).sum(), [x, *ps]), torch.autograd.grad(learned_relu(x, *ps).sum(), [x, *ps]),
+                    strict=True): assert_close(a, b)
+
+
+@pytest.mark.parametrize('x,ps,channel_dim,error,words', [
+    (torch.zeros(2, 3), params(4, torch.float32), 1, ValueError, 'leak has 4 values, but x has 3 channels'),
+    (torch.zeros(2, 3), [torch.zeros(3), torch.zeros(2), torch.zeros(3)], 1, ValueError, 'sub has 2 values'),
+    (torch.zeros(2, 3), [torch.zeros(1, 3)]*3, 1, ValueError, r'shape \(1, 3\)'),
+    (torch.zeros(3), params(3, torch.float32), 1, ValueError, 'channel_dim is 1'),
+    (torch.zeros(2, 3, dtype=torch.long), params(3, torch.float32), 1, TypeError, 'torch.int64'),
+    (torch.zeros(2, 3, dtype=torch.complex64), params(3, torch.float32), 1, TypeError, 'complex64'),
+    (torch.zeros(2, 3), [.1, .2, .3], 1, TypeError, 'leak is a float'),
+    ([1., 2.], params(1, torch.float32), 1, TypeError, 'x is a list'),
+])
+@pytest.mark.parametrize('curve', [learned_relu, learned_relu_reference])
+def test_bad_input_is_named(curve, x, ps, channel_dim, error, words):
+    with pytest.raises(error, match=words): curve(x, *ps, channel_dim)
