@@ -25,7 +25,7 @@ from .callback.telemetry import ActTelemetry
 from .layers import LearnedRelu
 from .patch import patch_relus, unpatch_relus
 
-# %% ../nbs/api/29_learner.ipynb #339a5326
+# %% ../nbs/api/29_learner.ipynb #71ee2f2f
 @contextmanager
 def _generators_kept(dl):
     own = getattr(dl, 'rng', None)
@@ -44,7 +44,8 @@ def sample_inputs(
     dl = learn.dls.valid if len(learn.dls.loaders) > 1 and len(learn.dls.valid) else learn.dls.train
     with _generators_kept(dl): b = dl.one_batch()
     b = b if isinstance(b, (tuple, list)) else (b,)
-    return tuple(b[:getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)])
+    n = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
+    return tuple(o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in b[:n])
 
 # %% ../nbs/api/29_learner.ipynb #0cf82eb3
 _ours = NoDecayActParams, ClampActParams, EMAActParams, FreezeActParams, ActTelemetry
