@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.run.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'Source', 'BatchDigest', 'weights_digest', 'commit', 'peak_memory', 'train_run']
 
-# %% ../../nbs/api/32_bench.run.ipynb #949123ba
+# %% ../../nbs/api/32_bench.run.ipynb #7d38f6a2
 import hashlib
 import platform
 import resource
@@ -21,7 +21,7 @@ from pathlib import Path
 import fastai.callback.schedule # adds fit_one_cycle to Learner
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import Learner
+from fastai.learner import CastToTensor, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
@@ -31,7 +31,7 @@ from .data import find_images, image_dls, mnist_dls
 from .recipe import Recipe, arm_cbs, arm_model, opts
 from ..params import act_params, activation_weights
 
-# %% ../../nbs/api/32_bench.run.ipynb #5f14f26c
+# %% ../../nbs/api/32_bench.run.ipynb #9d7d2204
 class Source:
     "The data of a comparison: found and checked once, made into equal data loaders for every run."
     def __init__(self,
@@ -53,7 +53,7 @@ class Source:
 
 class BatchDigest(Callback):
     "Keep a digest of the batches that were trained on."
-    run_valid = False
+    order,run_valid = CastToTensor.order+1,False
     def __init__(self): self._seen = []
     def before_batch(self):
         "Note targets and mean of the batch."
