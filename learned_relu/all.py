@@ -1,4 +1,10 @@
 "Every public name of the library."
+from learned_relu.bench.cli import *
+from learned_relu.bench.data import *
+from learned_relu.bench.recipe import *
+from learned_relu.bench.record import *
+from learned_relu.bench.report import *
+from learned_relu.bench.run import *
 from learned_relu.callback.clamp import *
 from learned_relu.callback.core import *
 from learned_relu.callback.decay import *

@@ -31,7 +31,7 @@ def param_stats(
     rms = v.new_tensor(float('nan')) if g is None else g.float().pow(2).mean().sqrt()
     return torch.stack([v.mean(), v.std(correction=0), v.min(), v.max(), rms, (v <= low).float().mean(), (v >= high).float().mean()])
 
-# %% ../../nbs/api/24_callback.telemetry.ipynb #231dc7d9
+# %% ../../nbs/api/24_callback.telemetry.ipynb #2a81e644
 class ActTelemetry(ActCallback):
     "Record activation parameters every few steps; `frame`, `plot`, `heatmap` and `plot_curves` show them."
     order = act_order(5) # below `Recorder`, which reads the columns of the table in its `before_fit`
@@ -41,30 +41,30 @@ class ActTelemetry(ActCallback):
     ):
         if isinstance(every, bool) or not isinstance(every, int): raise TypeError(f'every is {every!r}: pass a whole number of steps')
         if every < 1: raise ValueError(f'every is {every}: pass 1 or more optimizer steps')
-        self.every,self.activations,self._hooks,self._metrics = every,activations,[],[]
+        self.every,self.activations,self._hooks,self._columns_added = every,activations,[],[]
         self.reset()
 
     def reset(self):
         "Empty the history."
-        self._records,self._flow,self._fit,self._step = [],{},-1,0
+        self._records,self._flow,self._fit,self._counted = [],{},-1,0
 
     def before_fit(self):
         "Add the columns, in a real fit only."
         if self.learn.lock.locked(): return
         self._fresh = True
-        self._drop_metrics()
+        self._drop_columns()
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
         kinds = dict.fromkeys(o.kind for o in act_params(self.learn.model))
-        self._metrics = [ValueMetric(_Mean(self.learn, k), k) for k in kinds]
-        self.learn.metrics = self.learn.metrics + self._metrics
+        self._columns_added = [ValueMetric(_Mean(self.learn, k), k) for k in kinds]
+        self.learn.metrics = self.learn.metrics + self._columns_added
 
-    def _drop_metrics(self):
-        if self.learn is not None: self.learn.metrics = [o for o in self.learn.metrics if not any(o is m for m in self._metrics)]
-        self._metrics = []
+    def _drop_columns(self):
+        if self.learn is not None: self.learn.metrics = [o for o in self.learn.metrics if not any(o is m for m in self._columns_added)]
+        self._columns_added = []
 
     def after_fit(self):
         "Take the columns away."
-        if not self.learn.lock.locked(): self._drop_metrics()
+        if not self.learn.lock.locked(): self._drop_columns()
         self._unhook()
 
     def begin(self):
@@ -80,7 +80,7 @@ class ActTelemetry(ActCallback):
     def before_batch(self):
         "Watch the layers in a batch that will be recorded."
         self._unhook()
-        if not (self.activations and self._live and self._step % self.every == 0): return
+        if not (self.activations and self._live and self._counted % self.every == 0): return
         self._hooks = [m.register_forward_hook(self._watch) for m in {o.layer: None for o,*_ in self._acts}]
 
     @torch.no_grad()
@@ -94,14 +94,14 @@ class ActTelemetry(ActCallback):
 
     def stepped(self):
         if not self._live: return
-        if self._step % self.every == 0 and self._acts: self._record()
-        self._step += 1
+        if self._counted % self.every == 0 and self._acts: self._record()
+        self._counted += 1
 
     def _record(self):
         nan = torch.full((3,), float('nan'))
         rows = [torch.cat([param_stats(o.param, low, high), self._flow.get(o.layer, nan).to(o.param.device)]) for o,low,high in self._acts]
         names = [(o.name, o.kind) for o,*_ in self._acts]
-        self._records.append((self._fit, self.epoch, self._step, names, torch.stack(rows).cpu().numpy()))
+        self._records.append((self._fit, self.epoch, self._counted, names, torch.stack(rows).cpu().numpy()))
         self._flow = {}
 
     def frame(self):

@@ -1,0 +1,38 @@
+"Small learners for the tests."
+import random
+from contextlib import contextmanager
+from functools import partial
+
+import fastai.callback.schedule  # noqa: F401  adds fit_one_cycle and lr_find
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
+from fastai.test_utils import synth_learner
+from torch import nn
+
+from learned_relu.all import LearnedRelu
+
+OPTS = dict(adam=Adam, sgd=partial(SGD, mom=.9), ranger=ranger, wrapped=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+
+def make(*cbs, opt='adam', lr=.01, path=None, **kwargs):
+    "A regression with two learned layers"
+    torch.manual_seed(0); random.seed(0); np.random.seed(0)
+    model = nn.Sequential(nn.Linear(1, 8), LearnedRelu(8, **kwargs), nn.Linear(8, 8), LearnedRelu(8, **kwargs), nn.Linear(8, 1))
+    learn = synth_learner(n_trn=10, cbs=cbs, model=model, path=path)
+    learn.opt_func, learn.lr = OPTS[opt], lr
+    return learn
+
+
+@contextmanager
+def quiet(learn):
+    with learn.no_logging(), learn.no_mbar(): yield
+
+
+class Follow(Callback):
+    "Values of one parameter after every training batch"
+    run_valid = False
+    order = 100
+    def __init__(self, get): self.get, self.seen = get, []
+    def after_batch(self): self.seen.append(self.get(self.learn.model).detach().clone())

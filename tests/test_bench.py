@@ -1,0 +1,97 @@
+"Runs in pairs, records that survive, and the commands as a shell calls them."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from learned_relu.bench.cli import learned_relu_compare
+from learned_relu.bench.record import read_record
+
+CMD = [str(Path(sys.executable).with_name('learned_relu_compare'))]
+SMALL = '--size 16 --bs 500 --epochs 1 --seeds 2 --arms relu,learned'.split()
+WOOF = Path(__file__).resolve().parents[2]/'shared'/'data'/'imagewoof2-160.tgz'
+
+
+def run(*args, **kwargs): return subprocess.run([*CMD, *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')
+    return out, run(*SMALL, '--out', out, check=True)
+
+
+def test_a_comparison_is_paired_recorded_and_reported(finished):
+    out, done = finished
+    records = [read_record(o) for o in sorted((out/'records').glob('*.json'))]
+    assert len(records) == 4 and (out/'table.csv').exists()
+    by = {(r['arm'], r['seed']): r for r in records}
+    for seed in 0, 1: assert by['relu', seed]['pair'] == by['learned', seed]['pair']
+    assert by['relu', 0]['pair'] != by['relu', 1]['pair']
+    r = by['learned', 0]
+    assert r['data']['name'] == 'mnist' and isinstance(r['recipe'], dict) and len(r['accuracy']) == 1 and len(r['activation']) == 57
+    assert str(out) not in json.dumps(records)
+    assert 'vs relu' in done.stdout and not list((out/'records').glob('*.tmp'))
+    page = (out/'report.html').read_text()
+    assert page.count('<img alt="') == 3 and 'src="http' not in page
+
+
+def test_the_same_command_again_trains_nothing(finished):
+    out, _ = finished
+    before = {o: o.stat().st_mtime_ns for o in (out/'records').iterdir()}
+    assert run(*SMALL, '--out', out, check=True).stdout.count('finished before') == 4
+    assert before == {o: o.stat().st_mtime_ns for o in (out/'records').iterdir()}
+
+
+def test_killed_in_the_middle_loses_only_the_run_in_progress(tmp_path):
+    few = '--size 16 --bs 500 --epochs 1 --seeds 1 --arms relu,leaky'.split()
+    args = [*CMD, *few, '--out', str(tmp_path)]
+    child = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path/'records').glob('*.json')) and child.poll() is None: time.sleep(.05)
+    os.kill(child.pid, signal.SIGKILL); child.wait()
+    kept = list((tmp_path/'records').glob('*.json'))
+    assert kept and all(read_record(o) for o in kept)
+    assert run(*few, '--out', tmp_path, check=True).stdout.count('finished before') == len(kept)
+    assert len(list((tmp_path/'records').glob('*.json'))) == 2
+
+
+@pytest.mark.parametrize('args,words', [
+    (dict(arms='rellu'), "arm is 'rellu'"), (dict(arch='vgg'), "arch is 'vgg'"), (dict(data='nowhere'), "data is 'nowhere'"),
+    (dict(seeds=0), 'seeds is 0'), (dict(opt='lion'), "opt is 'lion'"), (dict(out='/proc/none'), 'cannot be written'),
+    (dict(arms=','), 'arms is empty'), (dict(lr=-1.), 'lr is -1')])
+def test_bad_input_ends_before_any_training(args, words, capsys):
+    with pytest.raises(SystemExit, match=words): learned_relu_compare(**args)
+    assert 'run 1/' not in capsys.readouterr().out
+
+
+def test_a_shell_sees_the_error_and_no_traceback():
+    done = run('--arms', 'rellu')
+    assert done.returncode == 1 and "arm is 'rellu'" in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_an_older_record_is_named(finished, tmp_path):
+    out, _ = finished
+    (tmp_path/'records').mkdir()
+    for o in (out/'records').iterdir(): (tmp_path/'records'/o.name).write_text(o.read_text().replace('"format": 1', '"format": 0'))
+    done = run(*SMALL, '--out', tmp_path)
+    assert done.returncode == 1 and 'has format 0' in done.stderr
+
+
+@pytest.mark.skipif(not WOOF.exists(), reason='the Imagewoof images are not beside this checkout')
+def test_real_images(tmp_path):
+    import tarfile
+    with tarfile.open(WOOF) as f:
+        counts, names = {}, []
+        for m in f:
+            folder = Path(m.name).parent
+            if m.isfile() and m.name.lower().endswith('.jpeg') and counts.get(folder, 0) < 8:
+                counts[folder] = counts.get(folder, 0) + 1; names.append(m)
+        f.extractall(tmp_path, members=names, filter='data')
+    done = run('--data', tmp_path/'imagewoof2-160', '--size', 32, '--bs', 16, '--seeds', 1, '--arms', 'relu,learned', '--out', tmp_path/'out')
+    assert done.returncode == 0, done.stderr
+    assert {read_record(o)['data']['name'] for o in (tmp_path/'out'/'records').glob('*.json')} == {'imagewoof2-160'}

@@ -1,0 +1,87 @@
+"Layers: state, averages, bad input, compiled and half precision."
+import math
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from fastai.layers import ConvLayer
+from torch import nn
+from torch.testing import assert_close
+
+from learned_relu.functional import learned_relu_reference
+from learned_relu.layers import ActLayer, GeneralRelu, LearnedRelu
+
+LAYERS = [LearnedRelu(), LearnedRelu(3), LearnedRelu(3, learn=('leak', 'maxv')), LearnedRelu(learn=()), GeneralRelu(), GeneralRelu(3)]
+each_layer = pytest.mark.parametrize('layer', LAYERS, ids=repr)
+
+
+@each_layer
+def test_state_survives_saving_copying_and_pickling(layer):
+    layer = deepcopy(layer)
+    for v in layer.state_dict().values(): v.copy_(torch.rand_like(v.float()).add(1))
+    other = deepcopy(layer)
+    for v in other.state_dict().values(): v.zero_()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    for o in other, deepcopy(layer), pickle.loads(pickle.dumps(layer)):
+        assert all(torch.equal(v, o.state_dict()[k]) for k, v in layer.state_dict().items())
+        assert torch.equal(o.eval()(x), layer.eval()(x))
+
+
+@each_layer
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_a_layer_follows_the_dtype_of_its_input(layer, dtype):
+    x = torch.randn(2, 3, 4, 4, dtype=dtype)
+    assert layer(x).dtype == dtype
+    assert_close(layer(x), learned_relu_reference(x, layer.leak, layer.sub, layer.maxv))
+    assert deepcopy(layer).to(dtype)(x).dtype == dtype
+
+
+@each_layer
+def test_compiled_in_both_modes(layer):
+    layer, x = deepcopy(layer), torch.randn(2, 3, 4, 4)
+    if layer.learn: layer.update_averages(.9)
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    for mode in True, False:
+        layer.train(mode)
+        assert_close(compiled(x), layer(x))
+
+
+def test_averages_are_read_in_evaluation_only():
+    m = LearnedRelu(2)
+    m.update_averages(.5)
+    with torch.no_grad(): m.sub.fill_(.75)
+    m.update_averages(.5)
+    x = torch.ones(1, 2)
+    assert_close(m.train()(x), torch.full((1, 2), .25)); assert_close(m.eval()(x), torch.full((1, 2), .5))
+    m.reset_averages()
+    assert_close(m(x), torch.full((1, 2), .25))
+
+
+def test_loading_in_training_mode_is_not_taken_for_stale_averages(recwarn):
+    m = LearnedRelu()
+    m.update_averages(.9)
+    state = deepcopy(m.state_dict())
+    m.eval().train()
+    with torch.no_grad(): m.leak.fill_(.2)
+    m.load_state_dict(state)
+    m.eval()
+    assert m.num_averaged == 1 and not len(recwarn)
+
+
+def test_as_act_cls_and_in_state_dicts():
+    layer = ConvLayer(3, 4, act_cls=LearnedRelu)
+    assert {k.split('.')[-1] for k in layer.state_dict()} >= {'leak', 'sub', 'maxv', 'leak_avg', 'sub_avg', 'maxv_avg', 'num_averaged'}
+    assert LearnedRelu.__default_init__ is nn.init.kaiming_uniform_ and isinstance(LearnedRelu(inplace=True), ActLayer)
+
+
+@pytest.mark.parametrize('bad,error,words', [
+    (lambda: LearnedRelu(0), ValueError, 'num_parameters is 0'), (lambda: LearnedRelu(-3), ValueError, 'num_parameters is -3'),
+    (lambda: LearnedRelu(1.5), TypeError, 'num_parameters is 1.5'), (lambda: LearnedRelu(leak=math.nan), ValueError, 'leak starts at nan'),
+    (lambda: LearnedRelu(maxv=math.inf), ValueError, 'maxv starts at inf'), (lambda: GeneralRelu(sub=math.nan), ValueError, 'sub starts'),
+    (lambda: LearnedRelu(3, sub=torch.zeros(2)), ValueError, r'shape \(2,\)'), (lambda: LearnedRelu(learn=('alpha',)), ValueError, 'alpha'),
+    (lambda: LearnedRelu(3)(torch.zeros(2, 4)), ValueError, 'leak has 3 values, but x has 4'),
+    (lambda: LearnedRelu()(torch.zeros(2, dtype=torch.int)), TypeError, 'torch.int32')])
+def test_bad_input_is_named(bad, error, words):
+    with pytest.raises(error, match=words): bad()

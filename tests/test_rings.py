@@ -1,0 +1,52 @@
+"Imports point inward, and what is promised can be imported."
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import learned_relu
+
+ROOT = Path(learned_relu.__file__).parent
+TORCH = 'functional layers params patch plot'.split()
+modules = sorted(o.relative_to(ROOT) for o in ROOT.rglob('*.py') if o.name not in ('__init__.py', '_modidx.py', 'all.py'))
+
+
+def ring(name): return 2 if name.startswith('bench') else 0 if name in TORCH else 1
+
+
+def imported(path):
+    for node in ast.walk(ast.parse((ROOT/path).read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom): yield node.module, [a.name for a in node.names]
+        elif isinstance(node, ast.Import): yield from ((a.name, []) for a in node.names)
+
+
+@pytest.mark.parametrize('path', modules, ids=str)
+def test_imports_point_inward(path):
+    me = '.'.join(path.with_suffix('').parts)
+    for module, names in imported(path):
+        assert '*' not in names, f'{me} imports a star from {module}'
+        if module.startswith('learned_relu.'):
+            other = module.removeprefix('learned_relu.')
+            assert ring(other) <= ring(me), f'{me} imports {other}, which is further out'
+            if me.startswith('callback.'): assert other == 'callback.core' or not other.startswith('callback.')
+        if ring(me) == 0: assert module.split('.')[0] not in ('fastai', 'fastcore', 'pandas', 'scipy')
+
+
+def test_the_torch_ring_works_without_fastai():
+    code = ('import sys; sys.modules["fastai"] = sys.modules["fastcore"] = None\n'
+            + '\n'.join(f'import learned_relu.{o}' for o in TORCH)
+            + '\nimport torch; from torch import nn; from learned_relu.patch import patch_relus'
+              '\nm = nn.Sequential(nn.Linear(2, 3), nn.ReLU()); patch_relus(m); m(torch.rand(4, 2)).sum().backward()'
+              '\nassert m[1].sub.grad is not None')
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_public_names():
+    import learned_relu.all as everything
+    names = '''learned_relu learned_relu_reference LearnedRelu GeneralRelu act_params reset_averages patch_relus unpatch_relus
+    ClampActParams EMAActParams FreezeActParams ActTelemetry NoDecayActParams learned_xresnet learned_relu_train learned_relu_compare'''.split()
+    assert not [o for o in names if not hasattr(everything, o)]
+    from fastai.learner import Learner
+    assert Learner.to_learned_relu and Learner.to_relu
