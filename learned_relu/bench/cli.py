@@ -48,7 +48,7 @@ def _run(arms, seeds, data, skip_unreadable, out, **recipe):
     except KeyboardInterrupt: sys.exit(f'stopped: finished runs are kept in {Path(out)/"records"}, and the same command goes on from there')
     print(f'\n{Path(out)/"table.csv"}\n{Path(out)/"report.html"}')
 
-# %% ../../nbs/api/35_bench.cli.ipynb #8af64623
+# %% ../../nbs/api/35_bench.cli.ipynb #d1c5668e
 @call_parse
 def learned_relu_compare(
     data:str='mnist', # 'mnist' (embedded), 'imagenette', 'imagewoof', or a folder with train/ and val/
@@ -56,8 +56,8 @@ def learned_relu_compare(
     arms:str='relu,general,learned', # comma-separated: relu, leaky, prelu, general, learned, or import paths such as torch.nn.SiLU
     seeds:int=3, # number of seeds, 0 to seeds-1
     epochs:int=1, # passes over the training set
-    size:int=28, # side of the images, in pixels
-    bs:int=64, # batch size
+    size:int=20, # side of the images, in pixels
+    bs:int=128, # batch size
     lr:float=8e-3, # highest learning rate of the one-cycle schedule
     opt:str='adam', # adam (decoupled weight decay), ranger, rms or sgd
     wd:float=1e-2, # weight decay
@@ -76,8 +76,8 @@ def learned_relu_train(
     data:str='mnist', # 'mnist' (embedded), 'imagenette', 'imagewoof', or a folder with train/ and val/
     arch:str='xresnet18', # a fastai xresnet
     epochs:int=1, # passes over the training set
-    size:int=28, # side of the images, in pixels
-    bs:int=64, # batch size
+    size:int=20, # side of the images, in pixels
+    bs:int=128, # batch size
     lr:float=8e-3, # highest learning rate of the one-cycle schedule
     opt:str='adam', # adam (decoupled weight decay), ranger, rms or sgd
     wd:float=1e-2, # weight decay
