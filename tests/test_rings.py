@@ -18,7 +18,10 @@ def ring(name): return 2 if name.startswith('bench') else 0 if name in TORCH els
 
 def imported(path):
     for node in ast.walk(ast.parse((ROOT/path).read_text(encoding='utf-8'))):
-        if isinstance(node, ast.ImportFrom): yield node.module, [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            # nbdev exports `from learned_relu.layers import` as a relative import
+            inside = ['learned_relu', *path.parts[:-1]][:len(path.parts) + 1 - node.level] if node.level else []
+            yield '.'.join([*inside, node.module]), [a.name for a in node.names]
         elif isinstance(node, ast.Import): yield from ((a.name, []) for a in node.names)
 
 
