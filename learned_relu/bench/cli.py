@@ -7,18 +7,21 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.cli.html.md"""
 # %% auto #0
 __all__ = ['compare', 'learned_relu_compare', 'learned_relu_train']
 
-# %% ../../nbs/api/35_bench.cli.ipynb #f86a3e89
+# %% ../../nbs/api/35_bench.cli.ipynb #548a2307
 import sys
 from pathlib import Path
+from statistics import mean
 
+from fastcore.meta import delegates
 from fastcore.script import call_parse
+from fastprogress.fastprogress import format_time
 
 from .recipe import Recipe, arm_patch
 from .record import read_record, record_name, records_dir, write_record
 from .report import save_report
 from .run import Source, train_run
 
-# %% ../../nbs/api/35_bench.cli.ipynb #199d5c8a
+# %% ../../nbs/api/35_bench.cli.ipynb #0bbe71e8
 def compare(
     arms:list, # names of arms, or import paths
     seeds:list, # seeds
@@ -31,58 +34,56 @@ def compare(
     path,mark = records_dir(out),recipe.digest(source.fingerprint)
     todo = [(path/record_name(a, s, mark), a, s) for s in seeds for a in arms]
     have = {f: read_record(f) for f,*_ in todo if f.exists()}
+    took = [o['seconds'] for o in have.values()]
     for i,(file,arm,seed) in enumerate(todo, 1):
-        print(f'run {i}/{len(todo)}: {arm}, seed {seed}' + (' (finished before)' if file in have else ''), flush=True)
+        note = ' (finished before)' if file in have else f', about {format_time(mean(took)*(len(todo) - len(have)))} to go' if took else ''
+        print(f'run {i}/{len(todo)}: {arm}, seed {seed}{note}', flush=True)
         if file in have: continue
         write_record(record := train_run(arm, seed, recipe, source), path)
         have[file] = record
+        took.append(record['seconds'])
     return save_report([have[f] for f,*_ in todo], out)
 
-def _run(arms, seeds, data, skip_unreadable, out, **recipe):
+def _run(arms, seeds,
+    data:str=Recipe.data, # 'mnist' (embedded), 'imagenette', 'imagewoof', or a folder with train/ and val/
+    arch:str=Recipe.arch, # a fastai xresnet
+    epochs:int=Recipe.epochs, # passes over the training set
+    size:int=Recipe.size, # side of the images, in pixels
+    bs:int=Recipe.bs, # batch size
+    lr:float=Recipe.lr, # highest learning rate of the one-cycle schedule
+    opt:str=Recipe.opt, # adam (decoupled weight decay), ranger, rms or sgd
+    wd:float=Recipe.wd, # weight decay
+    out:str='runs/mnist', # directory for records, table and page
+    skip_unreadable:bool=False, # leave out images that cannot be read
+):
+    recipe = dict(arch=arch, epochs=epochs, size=size, bs=bs, lr=lr, opt=opt, wd=wd)
     try:
         if not arms: raise ValueError('arms is empty: name one at least, for example --arms relu,learned')
-        Recipe(**recipe)
-        source = Source(data, recipe['size'], skip_unreadable)
+        Recipe(**recipe) # the cheap checks first
+        source = Source(data, size, skip_unreadable)
         print(compare(arms, seeds, source, Recipe(data=source.name, **recipe), out))
     except (ValueError, TypeError, ImportError) as e: sys.exit(f'error: {e}')
     except KeyboardInterrupt: sys.exit(f'stopped: finished runs are kept in {Path(out)/"records"}, and the same command goes on from there')
     print(f'\n{Path(out)/"table.csv"}\n{Path(out)/"report.html"}')
 
-# %% ../../nbs/api/35_bench.cli.ipynb #d1c5668e
+# %% ../../nbs/api/35_bench.cli.ipynb #013feef8
 @call_parse
+@delegates(_run)
 def learned_relu_compare(
-    data:str='mnist', # 'mnist' (embedded), 'imagenette', 'imagewoof', or a folder with train/ and val/
-    arch:str='xresnet18', # a fastai xresnet
     arms:str='relu,general,learned', # comma-separated: relu, leaky, prelu, general, learned, or import paths such as torch.nn.SiLU
     seeds:int=3, # number of seeds, 0 to seeds-1
-    epochs:int=1, # passes over the training set
-    size:int=20, # side of the images, in pixels
-    bs:int=128, # batch size
-    lr:float=8e-3, # highest learning rate of the one-cycle schedule
-    opt:str='adam', # adam (decoupled weight decay), ranger, rms or sgd
-    wd:float=1e-2, # weight decay
-    out:str='runs/mnist', # directory for records, table and page
-    skip_unreadable:bool=False, # leave out images that cannot be read
+    **kwargs
 ):
     "Compare activations: train each arm with each seed, paired, and report."
-    names = list(dict.fromkeys(o.strip() for o in arms.split(',') if o.strip()))
     if seeds < 1: sys.exit(f'error: seeds is {seeds}: pass a count, 1 or more')
-    _run(names, list(range(seeds)), data, skip_unreadable, out, arch=arch, epochs=epochs, size=size, bs=bs, lr=lr, opt=opt, wd=wd)
+    _run(list(dict.fromkeys(o.strip() for o in arms.split(',') if o.strip())), list(range(seeds)), **kwargs)
 
 @call_parse
+@delegates(_run)
 def learned_relu_train(
     arm:str='learned', # relu, leaky, prelu, general, learned, or an import path such as torch.nn.SiLU
     seed:int=0, # of weights, batches and augmentations
-    data:str='mnist', # 'mnist' (embedded), 'imagenette', 'imagewoof', or a folder with train/ and val/
-    arch:str='xresnet18', # a fastai xresnet
-    epochs:int=1, # passes over the training set
-    size:int=20, # side of the images, in pixels
-    bs:int=128, # batch size
-    lr:float=8e-3, # highest learning rate of the one-cycle schedule
-    opt:str='adam', # adam (decoupled weight decay), ranger, rms or sgd
-    wd:float=1e-2, # weight decay
-    out:str='runs/mnist', # directory for the record
-    skip_unreadable:bool=False, # leave out images that cannot be read
+    **kwargs
 ):
     "Train one arm with one seed and write its record."
-    _run([arm], [seed], data, skip_unreadable, out, arch=arch, epochs=epochs, size=size, bs=bs, lr=lr, opt=opt, wd=wd)
+    _run([arm], [seed], **kwargs)

@@ -24,7 +24,7 @@ from ..layers import GeneralRelu, LearnedRelu
 from ..patch import patch_relus
 from ..xresnet import plain_xresnet, xresnet_names
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #f2232d8e
+# %% ../../nbs/api/30_bench.recipe.ipynb #efa0d7a1
 opts = dict(adam=Adam, ranger=ranger, rms=RMSProp, sgd=SGD)
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Recipe:
     "How a model is trained, whatever its activation: one-cycle, cross entropy, no mixed precision."
     data:str='mnist' # 'mnist', 'imagenette', 'imagewoof', or the name of a folder
     arch:str='xresnet18' # a fastai xresnet
-    epochs:int=2 # passes over the training set, at least 1
-    size:int=28 # side of the square images, in pixels, at least 8
-    bs:int=64 # batch size, at least 2
-    lr:float=8e-3 # highest learning rate
-    opt:str='adam' # one of `opts`; adam has decoupled weight decay (AdamW)
+    epochs:int=1 # passes over the training set, at least 1
+    size:int=20 # side of the square images, in pixels, at least 8
+    bs:int=128 # batch size, at least 2
+    lr:float=8e-3 # highest learning rate of the one-cycle schedule, positive
+    opt:str='adam' # adam (decoupled weight decay, AdamW), ranger, rms or sgd
     wd:float=1e-2 # weight decay, 0 or more
 
     def __post_init__(self):

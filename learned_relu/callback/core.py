@@ -36,7 +36,7 @@ def ensure_in_optimizer(
         if all(k in o for o in hypers): learn.opt.set_hyper(k, [o[k] for o in hypers])
     if frozen: learn.opt.freeze_to(frozen)
 
-# %% ../../nbs/api/19_callback.core.ipynb #6ea96f73
+# %% ../../nbs/api/19_callback.core.ipynb #544a1753
 def act_order(
     place:int, # 1 (first) to 8 among the callbacks of this library
 ) -> float: # an `order` between those of `MixedPrecision` and `GradientClip`
@@ -44,16 +44,20 @@ def act_order(
     return MixedPrecision.order + place/10
 
 class ActCallback(Callback):
-    "Abstract callback on activation parameters: subclasses implement `begin` and `stepped`."
+    "Abstract callback on activation parameters: subclasses implement some of `prepare`, `begin`, `stepped` and `cancelled`."
     run_valid = False
     _fresh,_skipped = False,False
 
+    def prepare(self): pass # abstract: a fit may begin
     def begin(self): pass # abstract: a fit begins to train
     def stepped(self): pass # abstract: the optimizer made a step
+    def cancelled(self): pass # abstract: the step was called off
 
     def before_fit(self):
-        "Note that a fit may begin, unless this is a validation."
-        if not self.learn.lock.locked(): self._fresh = True
+        "Call `prepare` when a fit may begin, unless this is a validation within one."
+        if self.learn.lock.locked(): return
+        self._fresh = True
+        self.prepare()
 
     def before_train(self):
         "Call `begin` once per fit."
@@ -65,8 +69,9 @@ class ActCallback(Callback):
         self.begin()
 
     def after_cancel_step(self):
-        "Remember that this step did not happen."
+        "Call `cancelled`, and remember that this step did not happen."
         self._skipped = True
+        self.cancelled()
 
     def after_step(self):
         "Call `stepped` after a real step."

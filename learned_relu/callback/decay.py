@@ -14,7 +14,7 @@ from fastai.optimizer import OptimWrapper
 from .core import ActCallback, act_order
 from ..params import act_params, activation_weights
 
-# %% ../../nbs/api/20_callback.decay.ipynb #d6d95484
+# %% ../../nbs/api/20_callback.decay.ipynb #ec6b40f7
 class NoDecayActParams(ActCallback):
     "No weight decay on activation parameters, and their own learning-rate multiplier."
     order = act_order(1)
@@ -33,7 +33,7 @@ class NoDecayActParams(ActCallback):
 
     def before_step(self):
         "Split the groups of a wrapped optimizer, and note where the parameters are."
-        if self._ours: self._before = [p.detach().clone() for p in self._ours]
+        self._before = [p.detach().clone() for p in self._ours]
         if not isinstance(self.opt, OptimWrapper): return
         groups = self.opt.opt.param_groups
         ids,whole = {id(p) for p in self._weights},[(o, list(o['params'])) for o in groups]
@@ -51,15 +51,9 @@ class NoDecayActParams(ActCallback):
         for o,ps in whole: o['params'] = ps
         self._groups = None
 
-    def after_cancel_step(self):
-        "A cancelled step has no size to multiply."
-        self._before = None
-        self._restore()
+    def cancelled(self): self._restore()
 
     @torch.no_grad()
-    def after_step(self):
-        "Put the groups back, and scale the step."
+    def stepped(self):
         self._restore()
-        if self._before is None: return
         for p,old in zip(self._ours, self._before): p.copy_(old + self.lr_mult*(p - old))
-        self._before = None

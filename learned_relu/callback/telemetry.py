@@ -31,7 +31,7 @@ def param_stats(
     rms = v.new_tensor(float('nan')) if g is None else g.float().pow(2).mean().sqrt()
     return torch.stack([v.mean(), v.std(correction=0), v.min(), v.max(), rms, (v <= low).float().mean(), (v >= high).float().mean()])
 
-# %% ../../nbs/api/24_callback.telemetry.ipynb #2a81e644
+# %% ../../nbs/api/24_callback.telemetry.ipynb #db6e7232
 class ActTelemetry(ActCallback):
     "Record activation parameters every few steps; `frame`, `plot`, `heatmap` and `plot_curves` show them."
     order = act_order(5) # below `Recorder`, which reads the columns of the table in its `before_fit`
@@ -48,10 +48,7 @@ class ActTelemetry(ActCallback):
         "Empty the history."
         self._records,self._flow,self._fit,self._counted = [],{},-1,0
 
-    def before_fit(self):
-        "Add the columns, in a real fit only."
-        if self.learn.lock.locked(): return
-        self._fresh = True
+    def prepare(self):
         self._drop_columns()
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
         kinds = dict.fromkeys(o.kind for o in act_params(self.learn.model))
@@ -72,9 +69,7 @@ class ActTelemetry(ActCallback):
         if not self._live: return
         self._fit += 1
         clamp = getattr(self.learn, 'clamp_act_params', None)
-        def bounds(o):
-            low,high = clamp.bounds_of(o.layer, o.kind) if clamp else o.layer.bounds[o.kind]
-            return low, high
+        def bounds(o): return clamp.bounds_of(o.layer, o.kind) if clamp else o.layer.bounds_of(o.kind)
         self._acts = [(o, *bounds(o)) for o in act_params(self.learn.model)]
 
     def before_batch(self):
