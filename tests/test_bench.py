@@ -4,16 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from learned_relu.bench.cli import learned_relu_compare
 from learned_relu.bench.record import read_record
 
 CMD = [str(Path(sys.executable).with_name('learned_relu_compare'))]
-SMALL = '--size 16 --bs 500 --epochs 1 --seeds 2 --arms relu,learned'.split()
+SMALL = '--size 16 --bs 8 --epochs 1'.split()
 WOOF = Path(__file__).resolve().parents[2]/'shared'/'data'/'imagewoof2-160.tgz'
 
 
@@ -21,20 +22,32 @@ def run(*args, **kwargs): return subprocess.run([*CMD, *map(str, args)], capture
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
+def images(tmp_path_factory):
+    "A folder of noise in two classes"
+    path, rng = tmp_path_factory.mktemp('data')/'noise', np.random.default_rng(0)
+    for part, n in dict(train=12, val=4).items():
+        for c in 'ab':
+            (path/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path/part/c/f'{i}.png')
+    return path
+
+
+@pytest.fixture(scope='module')
+def finished(images, tmp_path_factory):
     out = tmp_path_factory.mktemp('runs')
-    return out, run(*SMALL, '--out', out, check=True)
+    args = '--data', images, *SMALL, '--seeds', 2, '--arms', 'relu,learned', '--out'
+    return out, args, run(*args, out, check=True)
 
 
 def test_a_comparison_is_paired_recorded_and_reported(finished):
-    out, done = finished
+    out, _, done = finished
     records = [read_record(o) for o in sorted((out/'records').glob('*.json'))]
     assert len(records) == 4 and (out/'table.csv').exists()
     by = {(r['arm'], r['seed']): r for r in records}
     for seed in 0, 1: assert by['relu', seed]['pair'] == by['learned', seed]['pair']
     assert by['relu', 0]['pair'] != by['relu', 1]['pair']
     r = by['learned', 0]
-    assert r['data']['name'] == 'mnist' and isinstance(r['recipe'], dict) and len(r['accuracy']) == 1 and len(r['activation']) == 57
+    assert r['data']['name'] == 'noise' and isinstance(r['recipe'], dict) and len(r['accuracy']) == 1 and len(r['activation']) == 57
     assert str(out) not in json.dumps(records)
     assert 'vs relu' in done.stdout and not list((out/'records').glob('*.tmp'))
     page = (out/'report.html').read_text()
@@ -42,28 +55,36 @@ def test_a_comparison_is_paired_recorded_and_reported(finished):
 
 
 def test_the_same_command_again_trains_nothing(finished):
-    out, _ = finished
+    out, args, _ = finished
     before = {o: o.stat().st_mtime_ns for o in (out/'records').iterdir()}
-    assert run(*SMALL, '--out', out, check=True).stdout.count('finished before') == 4
+    assert run(*args, out, check=True).stdout.count('finished before') == 4
     assert before == {o: o.stat().st_mtime_ns for o in (out/'records').iterdir()}
 
 
-def test_killed_in_the_middle_loses_only_the_run_in_progress(tmp_path):
-    few = '--size 16 --bs 500 --epochs 1 --seeds 1 --arms relu,leaky'.split()
-    args = [*CMD, *few, '--out', str(tmp_path)]
-    child = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path/'records').glob('*.json')) and child.poll() is None: time.sleep(.05)
-    os.kill(child.pid, signal.SIGKILL); child.wait()
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
+def test_stopped_within_the_second_run_loses_only_that_run(how, images, tmp_path):
+    args = '--data', images, *SMALL, '--seeds', 1, '--arms', 'relu,leaky', '--out', tmp_path
+    child = subprocess.Popen([*CMD, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             env=os.environ | dict(PYTHONUNBUFFERED='1'))
+    said = b''
+    while b'%' not in said.partition(b'run 2/2')[2]: # the progress bar of the second run
+        said += (got := os.read(child.stdout.fileno(), 4096))
+        assert got, said.decode()
+    child.send_signal(how)
+    said += child.communicate()[0]
+    assert child.returncode not in (0, 2) and b'Traceback' not in said
     kept = list((tmp_path/'records').glob('*.json'))
-    assert kept and all(read_record(o) for o in kept)
-    assert run(*few, '--out', tmp_path, check=True).stdout.count('finished before') == len(kept)
-    assert len(list((tmp_path/'records').glob('*.json'))) == 2
+    assert [read_record(o)['arm'] for o in kept] == ['relu'] and not (tmp_path/'table.csv').exists()
+    if how == signal.SIGINT: assert b'the same command goes on from there' in said
+    before = kept[0].read_bytes()
+    assert run(*args, check=True).stdout.count('finished before') == 1
+    assert len(list((tmp_path/'records').glob('*.json'))) == 2 and kept[0].read_bytes() == before
 
 
 @pytest.mark.parametrize('args,words', [
     (dict(arms='rellu'), "arm is 'rellu'"), (dict(arch='vgg'), "arch is 'vgg'"), (dict(data='nowhere'), "data is 'nowhere'"),
     (dict(seeds=0), 'seeds is 0'), (dict(opt='lion'), "opt is 'lion'"), (dict(out='/proc/none'), 'cannot be written'),
-    (dict(arms=','), 'arms is empty'), (dict(lr=-1.), 'lr is -1')])
+    (dict(arms=','), 'arms is empty'), (dict(bs=4001), 'bs is 4001'), (dict(lr=-1.), 'lr is -1')])
 def test_bad_input_ends_before_any_training(args, words, capsys):
     with pytest.raises(SystemExit, match=words): learned_relu_compare(**args)
     assert 'run 1/' not in capsys.readouterr().out
@@ -75,10 +96,10 @@ def test_a_shell_sees_the_error_and_no_traceback():
 
 
 def test_an_older_record_is_named(finished, tmp_path):
-    out, _ = finished
+    out, args, _ = finished
     (tmp_path/'records').mkdir()
     for o in (out/'records').iterdir(): (tmp_path/'records'/o.name).write_text(o.read_text().replace('"format": 1', '"format": 0'))
-    done = run(*SMALL, '--out', tmp_path)
+    done = run(*args, tmp_path)
     assert done.returncode == 1 and 'has format 0' in done.stderr
 
 

@@ -21,7 +21,7 @@ from .record import read_record, record_name, records_dir, write_record
 from .report import save_report
 from .run import Source, train_run
 
-# %% ../../nbs/api/35_bench.cli.ipynb #0bbe71e8
+# %% ../../nbs/api/35_bench.cli.ipynb #c062d4a2
 def compare(
     arms:list, # names of arms, or import paths
     seeds:list, # seeds
@@ -31,6 +31,7 @@ def compare(
 ) -> str: # the table as text
     "Make the runs that are missing, seed by seed, and report on all; finished runs are kept as they are."
     for o in arms: arm_patch(o)
+    source.check_bs(recipe.bs)
     path,mark = records_dir(out),recipe.digest(source.fingerprint)
     todo = [(path/record_name(a, s, mark), a, s) for s in seeds for a in arms]
     have = {f: read_record(f) for f,*_ in todo if f.exists()}

