@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.report.html.md"""
 # %% auto #0
 __all__ = ['paired', 'interval', 'table', 'readable', 'plot_accuracy', 'plot_pairs', 'plot_params', 'report_page', 'save_report']
 
-# %% ../../nbs/api/34_bench.report.ipynb #74f96664
+# %% ../../nbs/api/34_bench.report.ipynb #c65ac750
 import base64
 import io
 from html import escape
@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 # %% ../../nbs/api/34_bench.report.ipynb #5152b4c9
@@ -68,18 +69,21 @@ def readable(
                           'vs relu [95 %]': diff(r, 'relu'), 'vs general [95 %]': diff(r, 'general'), 's/epoch vs relu': num(r['time ratio'], '{:.2f}x')}
                          for _,r in df.iterrows()])
 
-# %% ../../nbs/api/34_bench.report.ipynb #4e3973e4
+# %% ../../nbs/api/34_bench.report.ipynb #d1211583
 def plot_accuracy(
     records:list, # records of one recipe
 ): # a figure
-    "Accuracy by epoch: each run thin, the mean of each arm thick."
+    "Accuracy by epoch: each run a faint dot and line, each arm its mean with one standard deviation, side by side."
     fig,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
-    for i,arm in enumerate(dict.fromkeys(r['arm'] for r in records)):
+    names = list(dict.fromkeys(r['arm'] for r in records))
+    for i,arm in enumerate(names):
         ys = np.array([r['accuracy'] for r in records if r['arm'] == arm])*100
-        x = np.arange(1, ys.shape[1]+1)
-        ax.plot(x, ys.T, color=f'C{i}', lw=.7, alpha=.5)
-        ax.plot(x, ys.mean(0), color=f'C{i}', lw=2, marker='o', ms=4, label=f'{arm} (n={len(ys)})')
-    ax.set(xlabel='epoch', ylabel='accuracy, %', title='Accuracy by epoch: runs and their mean', xticks=x); ax.legend()
+        epochs = np.arange(1, ys.shape[1]+1)
+        x = epochs + .08*(i - (len(names)-1)/2)
+        ax.plot(x-.02, ys.T, 'o-', color=f'C{i}', ms=3, lw=.7, alpha=.4)
+        ax.errorbar(x, ys.mean(0), ys.std(0, ddof=1) if len(ys) > 1 else None, color=f'C{i}', lw=2, marker='o', capsize=4, label=f'{arm} (n={len(ys)})')
+    ax.set(xlabel='epoch', ylabel='accuracy, %', title='Accuracy by epoch: runs, their mean and standard deviation')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1)); ax.set_xlim(.6, epochs[-1]+.4); ax.legend()
     return fig
 
 def plot_pairs(
