@@ -7,12 +7,12 @@ Docs: https://learned-relu.github.io/learned_relu/api/params.html.md"""
 # %% auto #0
 __all__ = ['inner_model', 'ActParam', 'act_layers', 'act_params', 'activation_weights', 'reset_averages']
 
-# %% ../nbs/api/03_params.ipynb #c36e7b17
+# %% ../nbs/api/03_params.ipynb #b2cf5d9e
 from typing import NamedTuple
 
 from torch import nn
 
-from .layers import ActLayer
+from .act_layer import ActLayer
 
 # %% ../nbs/api/03_params.ipynb #da51a609
 def inner_model(

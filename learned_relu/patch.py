@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/patch.html.md"""
 # %% auto #0
 __all__ = ['no_trace', 'dummy_input', 'trace_calls', 'PatchRow', 'PatchReport', 'patch_relus', 'unpatch_relus']
 
-# %% ../nbs/api/04_patch.ipynb #0ae7f3ef
+# %% ../nbs/api/04_patch.ipynb #f8d440a2
 import inspect
 from collections import Counter
 from contextlib import contextmanager
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .layers import ActLayer, LearnedRelu
+from .act_layer import ActLayer
+from .layers import LearnedRelu
 
 # %% ../nbs/api/04_patch.ipynb #3429613a
 @contextmanager

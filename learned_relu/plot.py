@@ -7,27 +7,26 @@ Docs: https://learned-relu.github.io/learned_relu/api/plot.html.md"""
 # %% auto #0
 __all__ = ['curve_values', 'plot_layer', 'plot_model']
 
-# %% ../nbs/api/05_plot.ipynb #3a14d7a4
+# %% ../nbs/api/05_plot.ipynb #e49942f6
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from .functional import learned_relu
-from .layers import ActLayer
+from .act_layer import ActLayer
 from .params import inner_model
 
-# %% ../nbs/api/05_plot.ipynb #53630df8
+# %% ../nbs/api/05_plot.ipynb #33420361
 @torch.no_grad()
 def curve_values(
-    layer:ActLayer, # a layer with `leak`, `sub` and `maxv`
+    layer:ActLayer, # an activation layer
     x:torch.Tensor, # inputs, shape `(n,)`
 ) -> torch.Tensor: # outputs, shape `(num_parameters, n)`
     "What each channel of `layer` makes of `x`, on the CPU in float32."
-    ps = [layer.current(k).detach().float().cpu() for k in ('leak', 'sub', 'maxv')]
-    return learned_relu(x.float().cpu().expand(layer.num_parameters, -1), *ps, channel_dim=0)
+    values = {k: layer.current(k).detach().float().cpu() for k in layer.kinds}
+    return layer.curve(x.float().cpu()[:, None].expand(-1, layer.num_parameters), values, channel_dim=1).T
 
 def plot_layer(
-    layer:ActLayer, # a layer with `leak`, `sub` and `maxv`
+    layer:ActLayer, # an activation layer
     lim:tuple=(-3., 3.), # range of inputs
     ax=None, # axes to draw on
     title:str='', # title of the axes

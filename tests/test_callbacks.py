@@ -103,10 +103,11 @@ def test_validating_inside_a_fit_does_not_unfreeze():
         def after_batch(self):
             if self.training and self.iter == 7:
                 self.learn.validate(); self.learn.training = True; self.learn.model.train(); self.learn.dl = self.learn.dls.train
-    learn = make(FreezeActParams(.5), follow)
-    with quiet(learn): learn.fit(1, wd=.1, cbs=ValidateInside())
+    learn = make(FreezeActParams(.25), ActTelemetry(1), follow)
+    with quiet(learn): learn.fit(2, wd=.1, cbs=ValidateInside())
     seen = torch.stack(follow.seen)
-    assert torch.equal(seen[5:], seen[5].expand(len(seen) - 5, -1))
+    assert len(seen) == 20 and torch.equal(seen[5:], seen[5].expand(len(seen) - 5, -1))
+    assert set(learn.act_telemetry.frame().fit) == {0} and len(learn.metrics) == 0, 'one fit, whatever is validated within it'
 
 
 def test_freezing_at_averages():

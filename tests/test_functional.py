@@ -143,9 +143,12 @@ def test_only_what_is_needed_gets_a_gradient():
 
 def test_compiled_without_a_graph_break():
     x, ps = torch.randn(2, 3, 4, 4, requires_grad=True), params(3, torch.float32)
-    f = torch.compile(learned_relu, fullgraph=True, backend='aot_eager')
+    seen = []
+    def look(graph, inputs): seen.append(graph.code); return graph.forward
+    f = torch.compile(learned_relu, fullgraph=True, backend=look)
     for a, b in zip(torch.autograd.grad(f(x, *ps).sum(), [x, *ps]), torch.autograd.grad(learned_relu(x, *ps).sum(), [x, *ps]),
                     strict=True): assert_close(a, b)
+    assert len(seen) == 1 and 'where' in seen[0] and 'autograd_function' not in seen[0], 'the readable form, for the compiler to fuse'
 
 
 @pytest.mark.parametrize('x,ps,channel_dim,error,words', [

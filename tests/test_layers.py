@@ -9,10 +9,13 @@ from fastai.layers import ConvLayer
 from torch import nn
 from torch.testing import assert_close
 
-from learned_relu.functional import learned_relu_reference
-from learned_relu.layers import ActLayer, GeneralRelu, LearnedRelu
+from learned_relu.act_layer import ActLayer
+from learned_relu.layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 
-LAYERS = [LearnedRelu(), LearnedRelu(3), LearnedRelu(3, learn=('leak', 'maxv')), LearnedRelu(learn=()), GeneralRelu(), GeneralRelu(3)]
+LAYERS = [LearnedRelu(), LearnedRelu(3), LearnedRelu(3, learn=('leak', 'maxv')), LearnedRelu(learn=()), GeneralRelu(), GeneralRelu(3),
+          LearnedClip(3), LearnedClip(3, cutoff=1., value=.5, low=None, width=.5, learn=('cutoff', 'value')), LearnedClip(learn=()),
+          SymmetricClip(3), LearnedThreshold(), LearnedThreshold(3, learn=('threshold', 'value')), LeakyGradRelu(), LeakyGradRelu(torch.rand(3))]
+LEARN = [o for o in LAYERS if getattr(o, 'learn', ())]
 each_layer = pytest.mark.parametrize('layer', LAYERS, ids=repr)
 
 
@@ -34,14 +37,15 @@ def test_state_survives_saving_copying_and_pickling(layer):
 def test_a_layer_follows_the_dtype_of_its_input(layer, dtype):
     x = torch.randn(2, 3, 4, 4, dtype=dtype)
     assert layer(x).dtype == dtype
-    assert_close(layer(x), learned_relu_reference(x, layer.leak, layer.sub, layer.maxv))
+    assert_close(layer(x), layer.float()(x.float()).to(dtype), atol=.04 if dtype == torch.bfloat16 else 1e-6, rtol=.02)
     assert deepcopy(layer).to(dtype)(x).dtype == dtype
 
 
 @each_layer
 def test_compiled_in_both_modes(layer):
     layer, x = deepcopy(layer), torch.randn(2, 3, 4, 4)
-    if layer.learn: layer.update_averages(.9)
+    if getattr(layer, 'learn', ()): layer.update_averages(.9)
+    torch._dynamo.reset()  # all layers share one forward, whose recompilations are counted
     compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
     for mode in True, False:
         layer.train(mode)
@@ -60,14 +64,43 @@ def test_averages_are_read_in_evaluation_only():
 
 
 def test_loading_in_training_mode_is_not_taken_for_stale_averages(recwarn):
-    m = LearnedRelu()
-    m.update_averages(.9)
-    state = deepcopy(m.state_dict())
+    m, other = LearnedRelu(), LearnedRelu(leak=.2)
+    for o in m, other: o.update_averages(.9)
     m.eval().train()
-    with torch.no_grad(): m.leak.fill_(.2)
-    m.load_state_dict(state)
+    m.load_state_dict(other.state_dict())
     m.eval()
     assert m.num_averaged == 1 and not len(recwarn)
+
+
+def test_what_is_fixed_is_state_too():
+    assert set(GeneralRelu().state_dict()) == {'leak', 'sub', 'maxv'} and set(LeakyGradRelu(torch.ones(3)).state_dict()) == {'leak'}
+    assert set(LearnedClip(learn=()).state_dict()) == {'cutoff', 'low'}
+
+
+@pytest.mark.parametrize('layer', LEARN, ids=repr)
+def test_every_kind_has_bounds_that_its_start_keeps(layer):
+    for k in layer.learn:
+        low, high = layer.bounds_of(k)
+        assert -math.inf < low < high < math.inf and (getattr(layer, k) >= low).all() and (getattr(layer, k) <= high).all()
+
+
+@pytest.mark.parametrize('layer', LEARN, ids=repr)
+def test_every_learned_kind_gets_a_gradient_and_an_average(layer):
+    layer, x = deepcopy(layer), torch.randn(64, 3)*8
+    layer(x).add(1).pow(2).sum().backward()
+    assert all((p.grad != 0).all() for p in layer.parameters()) and len(list(layer.parameters())) == len(layer.learn)
+    layer.update_averages(.9)
+    with torch.no_grad():
+        for p in layer.parameters(): p.mul_(1.5)
+    layer.update_averages(.9)
+    for k in layer.learn: assert_close(getattr(layer, f'{k}_avg'), getattr(layer, k)*(.1 + .9/1.5))
+
+
+@pytest.mark.parametrize('layer', LEARN, ids=repr)
+def test_clipped_is_where_the_input_has_no_gradient(layer):
+    x = (torch.randn(64, 3)*4).requires_grad_()
+    y = deepcopy(layer)(x)
+    assert torch.equal(deepcopy(layer).clipped(y), torch.autograd.grad(y.sum(), x)[0] == 0)
 
 
 def test_as_act_cls_and_in_state_dicts():
@@ -81,6 +114,11 @@ def test_as_act_cls_and_in_state_dicts():
     (lambda: LearnedRelu(1.5), TypeError, 'num_parameters is 1.5'), (lambda: LearnedRelu(leak=math.nan), ValueError, 'leak starts at nan'),
     (lambda: LearnedRelu(maxv=math.inf), ValueError, 'maxv starts at inf'), (lambda: GeneralRelu(sub=math.nan), ValueError, 'sub starts'),
     (lambda: LearnedRelu(3, sub=torch.zeros(2)), ValueError, r'shape \(2,\)'), (lambda: LearnedRelu(learn=('alpha',)), ValueError, 'alpha'),
+    (lambda: LearnedClip(value=1.), ValueError, 'cutoff is to be learned and width is 0'),
+    (lambda: LearnedThreshold(width=0), ValueError, 'width is 0'),
+    (lambda: LearnedClip(learn='sub'), ValueError, "'sub', which LearnedClip"),
+    (lambda: SymmetricClip(0), ValueError, 'num_parameters is 0'), (lambda: LeakyGradRelu(math.inf), ValueError, 'leak starts at inf'),
+    (lambda: LeakyGradRelu(torch.ones(2, 2)), ValueError, r'shape \(2, 2\)'),
     (lambda: LearnedRelu(3)(torch.zeros(2, 4)), ValueError, 'leak has 3 values, but x has 4'),
     (lambda: LearnedRelu()(torch.zeros(2, dtype=torch.int)), TypeError, 'torch.int32')])
 def test_bad_input_is_named(bad, error, words):

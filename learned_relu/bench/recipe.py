@@ -7,9 +7,10 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.recipe.html.md"""
 # %% auto #0
 __all__ = ['opts', 'arms', 'Recipe', 'arm_patch', 'arm_model', 'arm_cbs']
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #41e88286
+# %% ../../nbs/api/30_bench.recipe.ipynb #a8ee749f
 import hashlib
 import importlib
+import inspect
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -17,10 +18,11 @@ from dataclasses import asdict, dataclass
 from fastai.optimizer import SGD, Adam, RMSProp, ranger
 from torch import nn
 
+from ..act_layer import ActLayer
 from ..callback.clamp import ClampActParams
 from ..callback.decay import NoDecayActParams
 from ..callback.telemetry import ActTelemetry
-from ..layers import GeneralRelu, LearnedRelu
+from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..patch import patch_relus
 from ..xresnet import plain_xresnet, xresnet_names
 
@@ -54,13 +56,17 @@ class Recipe:
         "A short name for this recipe on these data."
         return hashlib.sha256(json.dumps([asdict(self), fingerprint], sort_keys=True).encode()).hexdigest()[:8]
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #60742883
+# %% ../../nbs/api/30_bench.recipe.ipynb #e534673c
 arms = dict(
     relu=None,
     leaky=dict(layer=nn.LeakyReLU, negative_slope=.05),
     prelu=dict(layer=nn.PReLU),
     general=dict(layer=GeneralRelu, per_channel=False),
     learned=dict(layer=LearnedRelu),
+    clip=dict(layer=LearnedClip),
+    symmetric=dict(layer=SymmetricClip),
+    threshold=dict(layer=LearnedThreshold),
+    leaky_grad=dict(layer=LeakyGradRelu),
 )
 
 def arm_patch(
@@ -91,5 +97,6 @@ def arm_cbs(
     every:int=10, # optimizer steps between telemetry records
 ) -> list: # callbacks
     "The callbacks of an arm."
-    if arm == 'learned': return [NoDecayActParams(), ClampActParams(), ActTelemetry(every)]
-    return [NoDecayActParams()] if arm == 'prelu' else []
+    layer = (arm_patch(arm) or {}).get('layer')
+    if layer and issubclass(layer, ActLayer) and 'learn' in inspect.signature(layer).parameters: return [NoDecayActParams(), ClampActParams(), ActTelemetry(every)]
+    return [NoDecayActParams()] if layer is nn.PReLU else []

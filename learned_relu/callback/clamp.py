@@ -7,13 +7,13 @@ Docs: https://learned-relu.github.io/learned_relu/api/callback.clamp.html.md"""
 # %% auto #0
 __all__ = ['ClampActParams']
 
-# %% ../../nbs/api/21_callback.clamp.ipynb #72844b0b
+# %% ../../nbs/api/21_callback.clamp.ipynb #052183d7
 import warnings
 
 import torch
 
+from ..act_layer import ActLayer, check_bounds
 from .core import ActCallback, act_order
-from ..layers import ActLayer, check_bounds
 from ..params import act_params
 
 # %% ../../nbs/api/21_callback.clamp.ipynb #328baec6

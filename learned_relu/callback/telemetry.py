@@ -7,14 +7,13 @@ Docs: https://learned-relu.github.io/learned_relu/api/callback.telemetry.html.md
 # %% auto #0
 __all__ = ['param_stats', 'ActTelemetry']
 
-# %% ../../nbs/api/24_callback.telemetry.ipynb #a5fd66dd
+# %% ../../nbs/api/24_callback.telemetry.ipynb #79db08fc
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.learner import ValueMetric
 
 from .core import ActCallback, act_order
-from ..functional import learned_relu
 from ..params import act_params
 
 # %% ../../nbs/api/24_callback.telemetry.ipynb #96aa9b82
@@ -31,7 +30,7 @@ def param_stats(
     rms = v.new_tensor(float('nan')) if g is None else g.float().pow(2).mean().sqrt()
     return torch.stack([v.mean(), v.std(correction=0), v.min(), v.max(), rms, (v <= low).float().mean(), (v >= high).float().mean()])
 
-# %% ../../nbs/api/24_callback.telemetry.ipynb #db6e7232
+# %% ../../nbs/api/24_callback.telemetry.ipynb #602e11b3
 class ActTelemetry(ActCallback):
     "Record activation parameters every few steps; `frame`, `plot`, `heatmap` and `plot_curves` show them."
     order = act_order(5) # below `Recorder`, which reads the columns of the table in its `before_fit`
@@ -163,13 +162,14 @@ class ActTelemetry(ActCallback):
         steps = [steps[int(i)] for i in torch.linspace(0, len(steps)-1, min(n, len(steps)))]
         fig,axs = plt.subplots(1, len(layers), figsize=(4*len(layers), 3), squeeze=False, layout='constrained')
         x = torch.linspace(-3, 3, 301)
-        fixed = {o.name: o.layer for o,*_ in self._acts}
+        held = {o.name: o.layer for o,*_ in self._acts}
         for ax,name in zip(axs[0], layers):
             ax.plot(x, x.relu(), ':', color='grey', label='ReLU')
+            layer = held[name]
             for i,step in enumerate(steps):
                 d = df[(df.layer == name) & (df.step == step)].set_index('kind')['mean']
-                ps = [torch.tensor(d[k] if k in d else getattr(fixed[name], k).mean().item()) for k in ('leak', 'sub', 'maxv')]
-                ax.plot(x, learned_relu(x, *ps), color=plt.cm.viridis(i/max(len(steps)-1, 1)*.9), label=f'step {step}')
+                values = {k: torch.tensor(d[k] if k in d else getattr(layer, k).mean().item()) for k in layer.kinds}
+                ax.plot(x, layer.curve(x[:, None], values, channel_dim=1), color=plt.cm.viridis(i/max(len(steps)-1, 1)*.9), label=f'step {step}')
             ax.set(title=name, xlabel='x', ylabel='y'); ax.legend(fontsize=7)
         return axs[0]
 
