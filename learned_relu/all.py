@@ -11,6 +11,7 @@ from learned_relu.callback.core import *
 from learned_relu.callback.decay import *
 from learned_relu.callback.ema import *
 from learned_relu.callback.freeze import *
+from learned_relu.callback.penalty import *
 from learned_relu.callback.telemetry import *
 from learned_relu.functional import *
 from learned_relu.layers import *

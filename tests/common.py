@@ -27,7 +27,7 @@ def make(*cbs, opt='adam', lr=.01, path=None, **kwargs):
 
 @contextmanager
 def quiet(learn):
-    with learn.no_logging(), learn.no_mbar(): yield
+    with learn.no_logging(), learn.no_bar(): yield
 
 
 class Follow(Callback):

@@ -67,11 +67,11 @@ def _run(arms, seeds,
     except KeyboardInterrupt: sys.exit(f'stopped: finished runs are kept in {Path(out)/"records"}, and the same command goes on from there')
     print(f'\n{Path(out)/"table.csv"}\n{Path(out)/"report.html"}')
 
-# %% ../../nbs/api/35_bench.cli.ipynb #013feef8
+# %% ../../nbs/api/35_bench.cli.ipynb #dfa38ffa
 @call_parse
 @delegates(_run)
 def learned_relu_compare(
-    arms:str='relu,general,learned', # comma-separated: relu, leaky, prelu, general, learned, or import paths such as torch.nn.SiLU
+    arms:str='relu,general,learned', # comma-separated names of `arms` (relu, leaky, prelu, general, learned, clip, ...), or import paths such as torch.nn.SiLU
     seeds:int=3, # number of seeds, 0 to seeds-1
     **kwargs
 ):
@@ -82,7 +82,7 @@ def learned_relu_compare(
 @call_parse
 @delegates(_run)
 def learned_relu_train(
-    arm:str='learned', # relu, leaky, prelu, general, learned, or an import path such as torch.nn.SiLU
+    arm:str='learned', # name of one of `arms` (relu, leaky, prelu, general, learned, clip, ...), or an import path such as torch.nn.SiLU
     seed:int=0, # of weights, batches and augmentations
     **kwargs
 ):

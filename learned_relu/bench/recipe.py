@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.recipe.html.md"""
 # %% auto #0
 __all__ = ['opts', 'arms', 'Recipe', 'arm_patch', 'arm_model', 'arm_cbs']
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #a8ee749f
+# %% ../../nbs/api/30_bench.recipe.ipynb #a9afe757
 import hashlib
 import importlib
 import inspect
@@ -21,6 +21,7 @@ from torch import nn
 from ..act_layer import ActLayer
 from ..callback.clamp import ClampActParams
 from ..callback.decay import NoDecayActParams
+from ..callback.penalty import ActGradPenalty
 from ..callback.telemetry import ActTelemetry
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..patch import patch_relus
@@ -56,7 +57,7 @@ class Recipe:
         "A short name for this recipe on these data."
         return hashlib.sha256(json.dumps([asdict(self), fingerprint], sort_keys=True).encode()).hexdigest()[:8]
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #e534673c
+# %% ../../nbs/api/30_bench.recipe.ipynb #5f7f4f80
 arms = dict(
     relu=None,
     leaky=dict(layer=nn.LeakyReLU, negative_slope=.05),
@@ -67,6 +68,7 @@ arms = dict(
     symmetric=dict(layer=SymmetricClip),
     threshold=dict(layer=LearnedThreshold),
     leaky_grad=dict(layer=LeakyGradRelu),
+    penalty=None,
 )
 
 def arm_patch(
@@ -97,6 +99,7 @@ def arm_cbs(
     every:int=10, # optimizer steps between telemetry records
 ) -> list: # callbacks
     "The callbacks of an arm."
+    if arm == 'penalty': return [ActGradPenalty(10., layers=nn.ReLU)]
     layer = (arm_patch(arm) or {}).get('layer')
     if layer and issubclass(layer, ActLayer) and 'learn' in inspect.signature(layer).parameters: return [NoDecayActParams(), ClampActParams(), ActTelemetry(every)]
     return [NoDecayActParams()] if layer is nn.PReLU else []

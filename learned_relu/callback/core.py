@@ -7,11 +7,12 @@ Docs: https://learned-relu.github.io/learned_relu/api/callback.core.html.md"""
 # %% auto #0
 __all__ = ['ensure_in_optimizer', 'act_order', 'ActCallback']
 
-# %% ../../nbs/api/19_callback.core.ipynb #2c8ebcdf
+# %% ../../nbs/api/19_callback.core.ipynb #dab91ec6
 import warnings
 
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import ValueMetric
 from fastai.optimizer import OptimWrapper
 
 from ..params import act_params
@@ -36,7 +37,7 @@ def ensure_in_optimizer(
         if all(k in o for o in hypers): learn.opt.set_hyper(k, [o[k] for o in hypers])
     if frozen: learn.opt.freeze_to(frozen)
 
-# %% ../../nbs/api/19_callback.core.ipynb #544a1753
+# %% ../../nbs/api/19_callback.core.ipynb #4a8d0ab5
 def act_order(
     place:int, # 1 (first) to 8 among the callbacks of this library
 ) -> float: # an `order` between those of `MixedPrecision` and `GradientClip`
@@ -44,20 +45,29 @@ def act_order(
     return MixedPrecision.order + place/10
 
 class ActCallback(Callback):
-    "Abstract callback on activation parameters: subclasses implement some of `prepare`, `begin`, `stepped` and `cancelled`."
+    "Abstract callback on activation parameters: subclasses implement some of `columns`, `begin`, `stepped` and `cancelled`."
     run_valid = False
-    _fresh,_skipped = False,False
+    _fresh,_skipped,_added = False,False,()
 
-    def prepare(self): pass # abstract: a fit may begin
+    def columns(self): return {} # abstract: name of a column in the progress table -> function that tells its value at the end of an epoch
     def begin(self): pass # abstract: a fit begins to train
     def stepped(self): pass # abstract: the optimizer made a step
     def cancelled(self): pass # abstract: the step was called off
 
     def before_fit(self):
-        "Call `prepare` when a fit may begin, unless this is a validation within one."
+        "Put the columns into the table when a fit may begin, unless this is a validation."
         if self.learn.lock.locked(): return
         self._fresh = True
-        self.prepare()
+        self._show({} if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') else self.columns())
+
+    def after_fit(self):
+        "Take the columns out of the table."
+        if not self.learn.lock.locked(): self._show({})
+
+    def _show(self, columns):
+        metrics = [o for o in self.learn.metrics if not any(o is m for m in self._added)]
+        self._added = [ValueMetric(f, k) for k,f in columns.items()]
+        self.learn.metrics = metrics + self._added
 
     def before_train(self):
         "Call `begin` once per fit."

@@ -7,11 +7,12 @@ Docs: https://learned-relu.github.io/learned_relu/api/callback.telemetry.html.md
 # %% auto #0
 __all__ = ['param_stats', 'ActTelemetry']
 
-# %% ../../nbs/api/24_callback.telemetry.ipynb #79db08fc
+# %% ../../nbs/api/24_callback.telemetry.ipynb #7ab217e7
+from functools import partial
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from fastai.learner import ValueMetric
 
 from .core import ActCallback, act_order
 from ..params import act_params
@@ -30,7 +31,7 @@ def param_stats(
     rms = v.new_tensor(float('nan')) if g is None else g.float().pow(2).mean().sqrt()
     return torch.stack([v.mean(), v.std(correction=0), v.min(), v.max(), rms, (v <= low).float().mean(), (v >= high).float().mean()])
 
-# %% ../../nbs/api/24_callback.telemetry.ipynb #602e11b3
+# %% ../../nbs/api/24_callback.telemetry.ipynb #d5923da6
 class ActTelemetry(ActCallback):
     "Record activation parameters every few steps; `frame`, `plot`, `heatmap` and `plot_curves` show them."
     order = act_order(5) # below `Recorder`, which reads the columns of the table in its `before_fit`
@@ -40,28 +41,15 @@ class ActTelemetry(ActCallback):
     ):
         if isinstance(every, bool) or not isinstance(every, int): raise TypeError(f'every is {every!r}: pass a whole number of steps')
         if every < 1: raise ValueError(f'every is {every}: pass 1 or more optimizer steps')
-        self.every,self.activations,self._hooks,self._columns_added = every,activations,[],[]
+        self.every,self.activations,self._hooks = every,activations,[]
         self.reset()
 
     def reset(self):
         "Empty the history."
         self._records,self._flow,self._fit,self._counted = [],{},-1,0
 
-    def prepare(self):
-        self._drop_columns()
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
-        kinds = dict.fromkeys(o.kind for o in act_params(self.learn.model))
-        self._columns_added = [ValueMetric(_Mean(self.learn, k), k) for k in kinds]
-        self.learn.metrics = self.learn.metrics + self._columns_added
-
-    def _drop_columns(self):
-        if self.learn is not None: self.learn.metrics = [o for o in self.learn.metrics if not any(o is m for m in self._columns_added)]
-        self._columns_added = []
-
-    def after_fit(self):
-        "Take the columns away."
-        if not self.learn.lock.locked(): self._drop_columns()
-        self._unhook()
+    def columns(self): return {k: partial(self._mean, k) for k in dict.fromkeys(o.kind for o in act_params(self.learn.model))}
+    def _mean(self, kind): return torch.cat([o.param.detach().flatten() for o in act_params(self.learn.model) if o.kind == kind]).mean().item()
 
     def begin(self):
         self._live = not hasattr(self.learn, 'lr_finder')
@@ -73,7 +61,7 @@ class ActTelemetry(ActCallback):
 
     def before_batch(self):
         "Watch the layers in a batch that will be recorded."
-        self._unhook()
+        self.after_batch()
         if not (self.activations and self._live and self._counted % self.every == 0): return
         self._hooks = [m.register_forward_hook(self._watch) for m in {o.layer: None for o,*_ in self._acts}]
 
@@ -82,7 +70,8 @@ class ActTelemetry(ActCallback):
         y = y.detach()
         self._flow[m] = torch.stack([m.clipped(y).float().mean(), (y < 0).float().mean(), (y.abs() <= .05).float().mean()])
 
-    def _unhook(self):
+    def after_batch(self):
+        "Stop watching."
         for h in self._hooks: h.remove()
         self._hooks = []
 
@@ -172,8 +161,3 @@ class ActTelemetry(ActCallback):
                 ax.plot(x, layer.curve(x[:, None], values, channel_dim=1), color=plt.cm.viridis(i/max(len(steps)-1, 1)*.9), label=f'step {step}')
             ax.set(title=name, xlabel='x', ylabel='y'); ax.legend(fontsize=7)
         return axs[0]
-
-class _Mean:
-    "Mean of a kind over all layers and channels, now"
-    def __init__(self, learn, kind): self.learn,self.kind = learn,kind
-    def __call__(self): return torch.cat([o.param.detach().flatten() for o in act_params(self.learn.model) if o.kind == self.kind]).mean().item()
