@@ -19,7 +19,7 @@ class Look(Callback):
     order, run_valid = 0, False  # before accumulation cancels the batch
     def __init__(self): self.seen, self.before = [], []
     def before_batch(self): self.before.append([p.detach().clone() for p in self.learn.model.parameters()])
-    def before_step(self): self.seen.append((self.xb[0], self.yb[0], [p.grad.clone() for p in self.learn.model.parameters()], self.learn.loss_grad.detach()))
+    def before_step(self): self.seen.append((self.xb[0], self.yb[0], [p.grad.clone() for p in self.learn.model.parameters()]))
 
 
 def by_hand(model, start, x, y, weight, watched):
@@ -48,7 +48,7 @@ def test_weights_receive_exactly_the_gradient_of_the_sum(layers, watched):
     learn = smooth(ActGradPenalty(.5, layers), look)
     with quiet(learn): learn.fit(1)
     seen = []
-    for (x, y, grads, _), start in zip(look.seen, look.before, strict=True):
+    for (x, y, grads), start in zip(look.seen, look.before, strict=True):
         want, penalty = by_hand(learn.model, start, x, y, .5, watched)
         assert_close(grads, list(want)); seen.append(penalty)
     assert len(seen) == 10 and learn.recorder.values[0][2] == pytest.approx(sum(seen)/len(seen), rel=1e-5)
@@ -59,8 +59,9 @@ def test_no_layers_named_means_every_curve():
     look, watched = Look(), lambda m: isinstance(m, LearnedRelu)
     learn = make(ActGradPenalty(.5), look)
     with quiet(learn): learn.fit(1)
-    (x, y, grads, _), start = look.seen[0], look.before[0]
-    assert_close(grads, [torch.zeros_like(p) if g is None else g for g, p in zip(by_hand(learn.model, start, x, y, .5, watched)[0], learn.model.parameters())])
+    (x, y, grads), start = look.seen[0], look.before[0]
+    want, _ = by_hand(learn.model, start, x, y, .5, watched)
+    assert_close(grads, [torch.zeros_like(g) if w is None else w for g, w in zip(grads, want, strict=True)])
 
 
 def test_the_loss_that_is_shown_is_the_plain_one():
