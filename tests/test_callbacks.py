@@ -58,8 +58,16 @@ def test_a_cap_that_never_binds_keeps_every_bit(opt):
     assert (pulled.model[1].maxv < 10).all()
 
 
-def test_groups_of_a_wrapped_optimizer_are_the_same_outside_the_step():
-    learn = make(NoDecayActParams(lr_mult=.5), opt='wrapped')
+class Skip(Callback):
+    "As mixed precision does after an overflow, every other step"
+    order, run_valid = 100, False
+    def before_step(self):
+        if self.train_iter % 2: raise CancelStepException('skip')
+
+
+@pytest.mark.parametrize('skip', [False, True])
+def test_groups_of_a_wrapped_optimizer_are_the_same_outside_the_step(skip):
+    learn = make(NoDecayActParams(lr_mult=.5), *([Skip()] if skip else []), opt='wrapped')
     counts = []
     class Look(Callback):
         def after_batch(self): counts.append([len(o) for o in self.opt.param_lists])
@@ -83,13 +91,17 @@ def test_a_multiplier_scales_the_step(opt):
 @wrapped_opts
 def test_frozen_is_bitwise_frozen(opt):
     get = lambda m: torch.cat([o.param.flatten() for o in act_params(m)])
-    follow, weight = Follow(get), Follow(lambda m: m[0].weight)
-    learn = make(FreezeActParams(.5), follow, opt=opt)
+    follow, weight, grads = Follow(get), Follow(lambda m: m[0].weight), []
+    class Grads(Callback):
+        order = 60
+        def after_step(self): grads.append([o.param.grad is None for o in act_params(self.learn.model)])
+    learn = make(FreezeActParams(.5), follow, Grads(), opt=opt)
     learn.opt_func = OPTS[opt]
     with quiet(learn): learn.fit(4, wd=.1)
     seen = torch.stack(follow.seen)
     assert (seen[:20].diff(dim=0) != 0).any(1).all()
     assert torch.equal(seen[19:], seen[19].expand(len(seen) - 19, -1))
+    assert not any(map(any, grads[:20])) and all(map(all, grads[20:])), 'what is frozen is no part of any norm of gradients'
     learn.remove_cb(follow); learn.add_cb(weight)
     frozen = get(learn.model).clone()
     with quiet(learn): learn.fit(1, wd=.1)
@@ -184,10 +196,6 @@ def test_averages_equal_those_by_hand(n_acc):
 
 
 def test_a_skipped_step_is_no_step():
-    class Skip(Callback):
-        order, run_valid = 100, False
-        def before_step(self):
-            if self.train_iter % 2: raise CancelStepException('skip')
     learn = make(EMAActParams(.9), ActTelemetry(1), Skip())
     with quiet(learn): learn.fit(1)
     assert learn.model[1].num_averaged == 5 and len(learn.act_telemetry.frame()) == 5*6
