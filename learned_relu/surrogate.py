@@ -45,17 +45,13 @@ def surrogate_gradient(
         raise ValueError(f'forward has shape {tuple(forward.shape)} and backward {tuple(backward.shape)}: pass shapes that broadcast') from e
     return _applied(_Surrogate, forward, backward)
 
-# %% ../nbs/api/01_surrogate.ipynb #dce015b7
+# %% ../nbs/api/01_surrogate.ipynb #4fc23792
 class _LeakyGradRelu(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x, leak): return x.relu()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.leak = inputs[1]
-        ctx.save_for_backward(output)
+    def forward(ctx, x, leak):
+        y,ctx.leak = x.relu(),leak
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     def backward(ctx, g):
@@ -74,7 +70,10 @@ def leaky_grad_relu(
         if leak.requires_grad: raise ValueError('leak requires a gradient and there is none, since no value depends on it: pass leak.detach()')
         leak, = lined_up(x, channel_dim, leak=leak)
     elif not -torch.inf < leak < torch.inf: raise ValueError(f'leak is {leak}: pass a finite number')
-    return _applied(_LeakyGradRelu, x, leak)
+    try: return _LeakyGradRelu.apply(x, leak)
+    except RuntimeError as e:
+        if 'functorch' not in str(e): raise
+        raise NotImplementedError('leaky_grad_relu takes no transforms of torch.func, for speed: use surrogate_gradient(x.relu(), F.leaky_relu(x, leak))') from e
 
 # %% ../nbs/api/01_surrogate.ipynb #756f7022
 def edge_window(

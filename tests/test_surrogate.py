@@ -188,7 +188,14 @@ def test_compiled_without_a_graph_break(f):
     assert torch.equal(y, c); assert_close(grad(y.sum(), x), grad(c.sum(), x))
 
 
-@each_function
+@pytest.mark.parametrize('f', [FUNCTIONS[k] for k in ('leaky', 'leaky per channel')])
+def test_what_is_not_transformable_says_what_is(f):
+    x = torch.randn(4, 3)
+    for refused in (lambda: torch.func.grad(lambda o: f(o).sum())(x), lambda: torch.func.vmap(f)(x), lambda: torch.func.jvp(f, (x,), (x,))):
+        with pytest.raises(NotImplementedError, match=r'use surrogate_gradient\(x.relu\(\), F.leaky_relu'): refused()
+
+
+@pytest.mark.parametrize('f', [FUNCTIONS[k] for k in ('surrogate', 'clip', 'threshold', 'symmetric')])
 def test_reverse_mode_transforms_work_and_forward_mode_is_refused(f):
     x = torch.randn(4, 3, requires_grad=True)
     want, = grad(f(x).sum(), x)
