@@ -25,26 +25,29 @@ from .callback.telemetry import ActTelemetry
 from .layers import LearnedRelu
 from .patch import patch_relus, unpatch_relus
 
-# %% ../nbs/api/29_learner.ipynb #71ee2f2f
+# %% ../nbs/api/29_learner.ipynb #3b9faecd
 @contextmanager
 def _generators_kept(dl):
     own = getattr(dl, 'rng', None)
     state = own.getstate() if own else None
     py,np_ = random.getstate(),np.random.get_state()
+    lazy = {'_types', '_n_inp'} - set(vars(dl)) # fastai draws one more item the first time that it needs them
     try:
         with torch.random.fork_rng(): yield
     finally:
         random.setstate(py); np.random.set_state(np_)
         if own: own.setstate(state); dl.rng = own
+        for o in lazy & set(vars(dl)): delattr(dl, o)
 
 def sample_inputs(
     learn:Learner, # a learner with data
 ) -> tuple: # the inputs of one batch
     "One batch of inputs of `learn`, with all random generators as before: torch, NumPy, Python and the data loader's own."
     dl = learn.dls.valid if len(learn.dls.loaders) > 1 and len(learn.dls.valid) else learn.dls.train
-    with _generators_kept(dl): b = dl.one_batch()
-    b = b if isinstance(b, (tuple, list)) else (b,)
-    n = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
+    with _generators_kept(dl):
+        b = dl.one_batch()
+        b = b if isinstance(b, (tuple, list)) else (b,)
+        n = getattr(dl, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in b[:n])
 
 # %% ../nbs/api/29_learner.ipynb #0cf82eb3
