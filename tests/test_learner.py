@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from common import make, quiet
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from torch import nn
@@ -30,13 +30,15 @@ def plain(seed=0):
 def test_a_sample_leaves_every_generator_as_it_was():
     class States(Callback):
         def __init__(self): self.seen = []
-        def before_batch(self): self.seen.append((self.xb[0].flatten().tolist(), torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[2]))
+        def before_batch(self):
+            self.seen.append((self.xb[0].flatten().tolist(), torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[2]))
+        def after_train(self): raise CancelFitException
     def seen(look):
         learn = plain()
         if look: sample_inputs(learn)
-        with quiet(learn): learn.fit(2, cbs=(states := States()))
+        with quiet(learn): learn.fit(1, cbs=(states := States()))
         return states.seen
-    assert seen(False) == seen(True)
+    assert len(seen(False)) == 8 and seen(False) == seen(True)
 
 
 def test_parameters_put_in_after_a_fit_learn_without_any_callback():
