@@ -26,18 +26,20 @@ from ..callback.penalty import act_grad_penalty
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..xresnet import plain_xresnet
 
-# %% ../../nbs/api/36_bench.speed.ipynb #64a185db
+# %% ../../nbs/api/36_bench.speed.ipynb #25fac87f
 def time_ratios(
     functions:dict, # name -> function without arguments
     base:str, # name of the one to compare with
     rounds:int=20, # how often each is timed
-    number:int=3, # calls in one timing
+    number:int=5, # calls in one timing
 ) -> pd.DataFrame: # index: name; columns: median, low and high quartile of the ratio to `base`
     "Time functions in turns and compare each with `base` round by round; `ValueError` where `base` is not among them."
     if base not in functions: raise ValueError(f'base is {base!r}: pass one of {", ".join(functions)}')
     timers = {k: Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads()) for k,f in functions.items()}
     for o in timers.values(): o.timeit(number) # warm up
-    times = pd.DataFrame([{k: o.timeit(number).mean for k,o in timers.items()} for _ in range(rounds)])
+    names = list(timers)
+    def turn(i): return names[i % len(names):] + names[:i % len(names)] # each round begins with another, since each leaves memory and caches to the next
+    times = pd.DataFrame([{k: timers[k].timeit(number).mean for k in turn(i)} for i in range(rounds)])
     ratios = times.div(times[base], axis=0)
     return ratios.quantile([.5, .25, .75]).T.set_axis(['median', 'low', 'high'], axis=1)
 
@@ -52,7 +54,7 @@ def saved_ratio(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): layer(x)
     return sum(saved.values())/(x.numel()*x.element_size())
 
-# %% ../../nbs/api/36_bench.speed.ipynb #e13b89ad
+# %% ../../nbs/api/36_bench.speed.ipynb #c7d334b3
 def contestants(
     channels:int, # of the input
 ) -> dict: # name -> layer
@@ -95,7 +97,7 @@ def step_cost(
 @call_parse
 def learned_relu_speed(
     out:str='runs/speed', # directory for the record
-    rounds:int=50, # how often each is timed
+    rounds:int=52, # how often each is timed
 ):
     "Measure what each activation costs on this machine, and write a record."
     path = Path(out)/'speed.json'
