@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.speed.html.md"""
 # %% auto #0
 __all__ = ['time_ratios', 'saved_ratio', 'contestants', 'activation_cost', 'step_cost', 'learned_relu_speed']
 
-# %% ../../nbs/api/36_bench.speed.ipynb #752667b0
+# %% ../../nbs/api/36_bench.speed.ipynb #353fb0e4
 import json
 import platform
 import time
@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from fastcore.script import call_parse
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from .run import FORMAT, commit
 from ..callback.penalty import act_grad_penalty
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..xresnet import plain_xresnet
 
-# %% ../../nbs/api/36_bench.speed.ipynb #25fac87f
+# %% ../../nbs/api/36_bench.speed.ipynb #982ee9c4
 def time_ratios(
     functions:dict, # name -> function without arguments
     base:str, # name of the one to compare with
@@ -34,6 +33,7 @@ def time_ratios(
     number:int=5, # calls in one timing
 ) -> pd.DataFrame: # index: name; columns: median, low and high quartile of the ratio to `base`
     "Time functions in turns and compare each with `base` round by round; `ValueError` where `base` is not among them."
+    from torch.utils.benchmark import Timer # here, because importing it logs a warning about CUDA
     if base not in functions: raise ValueError(f'base is {base!r}: pass one of {", ".join(functions)}')
     timers = {k: Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads()) for k,f in functions.items()}
     for o in timers.values(): o.timeit(number) # warm up
