@@ -7,12 +7,13 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.speed.html.md"""
 # %% auto #0
 __all__ = ['time_ratios', 'saved_ratio', 'contestants', 'activation_cost', 'step_cost', 'learned_relu_speed']
 
-# %% ../../nbs/api/36_bench.speed.ipynb #353fb0e4
+# %% ../../nbs/api/36_bench.speed.ipynb #81c09626
 import json
 import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from timeit import timeit
 
 import pandas as pd
 import torch
@@ -25,7 +26,7 @@ from ..callback.penalty import act_grad_penalty
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..xresnet import plain_xresnet
 
-# %% ../../nbs/api/36_bench.speed.ipynb #982ee9c4
+# %% ../../nbs/api/36_bench.speed.ipynb #dc3f6aaa
 def time_ratios(
     functions:dict, # name -> function without arguments
     base:str, # name of the one to compare with
@@ -33,13 +34,11 @@ def time_ratios(
     number:int=5, # calls in one timing
 ) -> pd.DataFrame: # index: name; columns: median, low and high quartile of the ratio to `base`
     "Time functions in turns and compare each with `base` round by round; `ValueError` where `base` is not among them."
-    from torch.utils.benchmark import Timer # here, because importing it logs a warning about CUDA
     if base not in functions: raise ValueError(f'base is {base!r}: pass one of {", ".join(functions)}')
-    timers = {k: Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads()) for k,f in functions.items()}
-    for o in timers.values(): o.timeit(number) # warm up
-    names = list(timers)
+    names = list(functions)
     def turn(i): return names[i % len(names):] + names[:i % len(names)] # each round begins with another, since each leaves memory and caches to the next
-    times = pd.DataFrame([{k: timers[k].timeit(number).mean for k in turn(i)} for i in range(rounds)])
+    def seconds(f): f(); return timeit(f, number=number)/number # once to warm up
+    times = pd.DataFrame([{k: seconds(functions[k]) for k in turn(i)} for i in range(rounds)])
     ratios = times.div(times[base], axis=0)
     return ratios.quantile([.5, .25, .75]).T.set_axis(['median', 'low', 'high'], axis=1)
 
