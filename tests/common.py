@@ -16,10 +16,10 @@ from learned_relu.all import LearnedRelu
 OPTS = dict(adam=Adam, sgd=partial(SGD, mom=.9), ranger=ranger, wrapped=partial(OptimWrapper, opt=torch.optim.AdamW))
 
 
-def make(*cbs, opt='adam', lr=.01, path=None, **kwargs):
+def make(*cbs, opt='adam', lr=.01, path=None, layer=LearnedRelu, **kwargs):
     "A regression with two learned layers"
     torch.manual_seed(0); random.seed(0); np.random.seed(0)
-    model = nn.Sequential(nn.Linear(1, 8), LearnedRelu(8, **kwargs), nn.Linear(8, 8), LearnedRelu(8, **kwargs), nn.Linear(8, 1))
+    model = nn.Sequential(nn.Linear(1, 8), layer(8, **kwargs), nn.Linear(8, 8), layer(8, **kwargs), nn.Linear(8, 1))
     learn = synth_learner(n_trn=10, cbs=cbs, model=model, path=path)
     learn.opt_func, learn.lr = OPTS[opt], lr
     return learn

@@ -61,6 +61,14 @@ def test_the_same_command_again_trains_nothing(finished):
     assert before == {o: o.stat().st_mtime_ns for o in (out/'records').iterdir()}
 
 
+def test_every_arm_trains_from_the_same_start(images, tmp_path):
+    names = 'leaky,prelu,general,clip,symmetric,threshold,leaky_grad,penalty,torch.nn.SiLU,learned_relu.layers.LearnedClip'
+    run('--data', images, *SMALL, '--seeds', 1, '--arms', names, '--out', tmp_path, check=True)
+    records = {r['arm']: r for r in map(read_record, (tmp_path/'records').glob('*.json'))}
+    assert set(records) == set(names.split(',')) and len({json.dumps(r['pair']) for r in records.values()}) == 1
+    assert all('telemetry' in records[o] for o in ('clip', 'symmetric', 'threshold', 'learned_relu.layers.LearnedClip'))
+
+
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
 def test_stopped_within_the_second_run_loses_only_that_run(how, images, tmp_path):
     args = '--data', images, *SMALL, '--seeds', 1, '--arms', 'relu,leaky', '--out', tmp_path

@@ -18,8 +18,11 @@ from learned_relu.all import (
     ClampActParams,
     EMAActParams,
     FreezeActParams,
+    LearnedClip,
     LearnedRelu,
+    LearnedThreshold,
     NoDecayActParams,
+    SymmetricClip,
     act_params,
     patch_relus,
 )
@@ -169,6 +172,32 @@ def test_one_nan_is_survived_counted_and_said_once(where, averages, opt):
     assert math.isfinite(learn.recorder.losses[-1]) and all(p.isfinite().all() for p in learn.model.parameters())
     later = torch.stack(follow.seen[6:])
     assert later.isfinite().all() and len(later.unique()) > 3, 'it goes on learning'
+
+
+OTHERS = [dict(layer=LearnedClip, cutoff=.5), dict(layer=LearnedClip, cutoff=.5, value=.25, low=-.2, width=.5, learn=('cutoff', 'value', 'low')),
+          dict(layer=SymmetricClip, cutoff=.5), dict(layer=LearnedThreshold, learn=('threshold', 'value'))]
+
+
+@pytest.mark.parametrize('other', OTHERS, ids=lambda o: '-'.join([o['layer'].__name__, *o.get('learn', ())]))
+@wrapped_opts
+def test_all_callbacks_on_the_other_layers(other, opt):
+    kinds = other.get('learn', ('cutoff',))
+    get = lambda m: torch.cat([o.param.flatten() for o in act_params(m)])
+    follow = Follow(get)
+    class Damage(Callback):
+        order, run_valid = 0, False
+        def before_batch(self):
+            if self.train_iter == 4: getattr(self.model[1], kinds[0]).data[2] = math.nan
+    learn = make(NoDecayActParams(), ClampActParams(), EMAActParams(.9), FreezeActParams(.5), ActTelemetry(2, activations=True), Damage(), follow,
+                 opt=opt, **other)
+    with quiet(learn), pytest.warns(UserWarning, match='1 values and 0 gradients'): learn.fit(4, wd=.1)
+    seen = torch.stack(follow.seen)
+    assert seen.isfinite().all() and (seen[:20].diff(dim=0) != 0).any(1).all() and torch.equal(seen[19:], seen[19].expand(len(seen) - 19, -1))
+    assert all(((o.param >= low) & (o.param <= high)).all() for o in act_params(learn.model) for low, high in [o.layer.bounds_of(o.kind)])
+    assert math.isfinite(learn.recorder.losses[-1]) and learn.model[1].num_averaged == 40 and learn.recorder.metric_names[3:-1] == list(kinds)
+    df = learn.act_telemetry.frame()
+    assert set(df.kind) == set(kinds) and df[['mean', 'clipped', 'negative']].notna().all(axis=None) and 0 < df.clipped.max() <= 1
+    assert len(learn.act_telemetry.plot_curves()) == 2
 
 
 def test_nothing_is_claimed_when_the_loss_is_nan():

@@ -5,7 +5,18 @@ from fastai.vision.models.xresnet import xresnet18, xresnet34
 from torch import nn
 from torchvision.models import googlenet, resnet18, resnet50
 
-from learned_relu.all import GeneralRelu, LearnedRelu, act_layers, learned_xresnet, patch_relus, unpatch_relus
+from learned_relu.all import (
+    GeneralRelu,
+    LeakyGradRelu,
+    LearnedClip,
+    LearnedRelu,
+    LearnedThreshold,
+    SymmetricClip,
+    act_layers,
+    learned_xresnet,
+    patch_relus,
+    unpatch_relus,
+)
 
 
 def test_every_relu_of_an_xresnet_is_replaced_and_the_convolutions_are_the_same():
@@ -63,6 +74,15 @@ def test_names_choose():
     model = xresnet18()
     report = patch_relus(model, include='4.*', exclude='*.act')
     assert [o.name for o in report.rows] == ['4.0.convpath.0.2', '4.1.convpath.0.2']
+
+
+@pytest.mark.parametrize('layer', [LearnedClip, SymmetricClip, LearnedThreshold, LeakyGradRelu])
+def test_the_other_layers_are_put_in_and_taken_out(layer):
+    model = xresnet18()
+    plain = {k: v.clone() for k, v in model.state_dict().items()}
+    assert len(patch_relus(model, layer=layer)) == 19 and sum(isinstance(o, layer) for o in model.modules()) == 19
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(unpatch_relus(model)) == 19 and set(model.state_dict()) == set(plain)
 
 
 def test_other_layers_and_dtypes():
