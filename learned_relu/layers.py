@@ -52,7 +52,7 @@ class GeneralRelu(ActLayer):
 
     curve,clipped = LearnedRelu.curve,LearnedRelu.clipped
 
-# %% ../nbs/api/02_layers.ipynb #cd0d8030
+# %% ../nbs/api/02_layers.ipynb #10378028
 class LearnedClip(ActLayer):
     "`learned_clip` with values learned per layer or per channel: between `low` and `cutoff` the identity; by default a ReLU with a learned cap."
     bounds = dict(cutoff=(.01, 100.), value=(-100., 100.), low=(-100., 100.))
@@ -71,6 +71,7 @@ class LearnedClip(ActLayer):
         values = {k: v for k,v in dict(cutoff=cutoff, value=value, low=low).items() if v is not None}
         super().__init__(values, num_parameters, learn, channel_dim)
         if 'cutoff' in self.learn and value is not None: _check_width(width, 'cutoff')
+        if low is not None and (self.low >= self.cutoff).any(): raise ValueError(f'low starts at {low} and cutoff at {cutoff}: start low below cutoff')
         self.width,self.positive_only = width,positive_only
 
     def curve(self, x, values, channel_dim):
@@ -91,6 +92,7 @@ class SymmetricClip(ActLayer):
         inplace:bool=False, # ignored: the input is never modified
     ):
         super().__init__(dict(cutoff=cutoff), num_parameters, learn, channel_dim)
+        if (self.cutoff <= 0).any(): raise ValueError(f'cutoff starts at {cutoff}: start above 0')
 
     def curve(self, x, values, channel_dim): return symmetric_clip(x, **values, channel_dim=channel_dim)
     def clipped(self, y): return y.abs() == _line(self, y, 'cutoff')

@@ -147,7 +147,7 @@ def symmetric_clip(
     "`x` clipped to [-cutoff, cutoff], with exact gradients for both; raises as `learned_relu` does."
     return _replace(_replace(x, cutoff, cutoff, True, channel_dim), -cutoff, -cutoff, False, channel_dim)
 
-# %% ../nbs/api/01_surrogate.ipynb #e0d32458
+# %% ../nbs/api/01_surrogate.ipynb #af0b570f
 def learned_threshold(
     x:Tensor, # activations, any shape with `channel_dim`, floating point; never modified
     threshold:Tensor, # edge, in units of the activation: 0-d, `(1,)` or `(channels,)`
@@ -156,5 +156,6 @@ def learned_threshold(
     width:float=1., # half the width of the window in which the threshold gets a surrogate gradient, in units of the activation; 0 for none
 ) -> Tensor: # shape and dtype of `x`
     "`x` above `threshold`, `value` elsewhere; NaN stays NaN. Raises as `learned_relu` does, `ValueError` for a negative `width`."
-    if not isinstance(value, Tensor): value = torch.tensor(float(value), device=getattr(x, 'device', None))
+    check_input(x)
+    if not isinstance(value, Tensor): value = x.new_tensor(value)
     return _replace(x, threshold, value, False, channel_dim, width, names=('threshold', 'value'))

@@ -86,6 +86,10 @@ def test_the_gradient_of_a_threshold_by_hand():
     assert dx.tolist() == [0, 0, 0, 1000, 10000] and dv == 111 and dt == -(10*.25*1 + 100*.5*2 + 1000*.75*1)
 
 
+def test_a_number_as_value_has_the_precision_of_the_input():
+    assert learned_threshold(torch.zeros(1, dtype=torch.float64), tensor(1.), .1).item() == .1
+
+
 def test_ties_go_to_the_parameters():
     x, t, low = tensor([-1., 1.], requires_grad=True), tensor(1., requires_grad=True), tensor(-1., requires_grad=True)
     assert [o.tolist() for o in grad(learned_clip(x, t, low=low).sum(), [x, t, low])] == [[0, 0], 1, 1]
