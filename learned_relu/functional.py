@@ -40,14 +40,15 @@ def check_input(
     if not isinstance(x, Tensor): raise TypeError(f'{name} is a {type(x).__name__}: pass a tensor')
     if not x.is_floating_point(): raise TypeError(f'{name} has dtype {x.dtype}: pass a floating-point tensor, for example {name}.float()')
 
-# %% ../nbs/api/00_functional.ipynb #02e8a297
+# %% ../nbs/api/00_functional.ipynb #ddcd2a72
 def lined_up(
     x:Tensor, # input
     channel_dim:int, # dimension of `x` that the parameters run along
     **params # name -> parameter: 0-d, `(1,)` or `(channels,)`
 ) -> list: # one tensor per parameter, in a shape that broadcasts over `x` and in its dtype
     "Parameters as `x` needs them; raises as `channel_shape`."
-    return [p.reshape(channel_shape(x, p, channel_dim, k)).to(x.dtype) for k,p in params.items()]
+    shapes = [channel_shape(x, p, channel_dim, k) for k,p in params.items()]
+    return [p.reshape(o).to(x.dtype) for p,o in zip(params.values(), shapes)]
 
 def param_grad(
     t:Tensor, # gradient of each element

@@ -72,8 +72,8 @@ def test_every_arm_trains_from_the_same_start(images, tmp_path):
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
 def test_stopped_within_the_second_run_loses_only_that_run(how, images, tmp_path):
     args = '--data', images, *SMALL, '--seeds', 1, '--arms', 'relu,leaky', '--out', tmp_path
-    child = subprocess.Popen([*CMD, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             env=os.environ | dict(PYTHONUNBUFFERED='1'))
+    child = subprocess.Popen([*CMD, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(PYTHONUNBUFFERED='1'),
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
     said = b''
     while b'%' not in said.partition(b'run 2/2')[2]: # the progress bar of the second run
         said += (got := os.read(child.stdout.fileno(), 4096))

@@ -109,6 +109,13 @@ def test_as_act_cls_and_in_state_dicts():
     assert LearnedRelu.__default_init__ is nn.init.kaiming_uniform_ and isinstance(LearnedRelu(inplace=True), ActLayer)
 
 
+def test_only_positive_inputs_count_where_asked():
+    for positive_only in True, False:
+        layer = LearnedClip(cutoff=.1, value=-1., low=None, width=.5, positive_only=positive_only)
+        layer(torch.tensor([[-.1]])).sum().backward()
+        assert (layer.cutoff.grad == 0).all() == positive_only
+
+
 @pytest.mark.parametrize('bad,error,words', [
     (lambda: LearnedRelu(0), ValueError, 'num_parameters is 0'), (lambda: LearnedRelu(-3), ValueError, 'num_parameters is -3'),
     (lambda: LearnedRelu(1.5), TypeError, 'num_parameters is 1.5'), (lambda: LearnedRelu(leak=math.nan), ValueError, 'leak starts at nan'),
