@@ -67,6 +67,17 @@ def test_nan_passes_and_infinities_are_cut(curve):
     assert all(o.isfinite().all() for o in grad(y.sum(), [x, a, b], allow_unused=True) if o is not None)
 
 
+def test_the_gradient_of_an_edge_is_finite_at_infinity_and_nan():
+    x, t = tensor([inf, -inf, nan, 1.]), tensor(.6, requires_grad=True)
+    assert grad(learned_clip(x, t, tensor(.5), width=1.).sum(), t)[0] == pytest.approx(.5*.6)
+    assert grad(learned_threshold(x, t, width=1.).sum(), t)[0] == pytest.approx(-1*.6)
+
+
+def test_distances_are_taken_in_float32():
+    x, t = tensor([1 + 2**-7], dtype=torch.bfloat16), tensor(1., requires_grad=True)
+    assert grad(learned_clip(x, t, tensor(0.), width=.1).float().sum(), t)[0] == pytest.approx((1 + 2**-7)*(1 - 2**-7/.1)/.1, rel=1e-3)
+
+
 def test_the_gradient_of_an_upper_edge_by_hand():
     x, g = tensor([0., .75, 1., 1.25, 3.], requires_grad=True), tensor([1., 10., 100., 1000., 10000.])
     t, v = tensor(1., requires_grad=True), tensor(.5, requires_grad=True)

@@ -37,7 +37,7 @@ def ensure_in_optimizer(
         if all(k in o for o in hypers): learn.opt.set_hyper(k, [o[k] for o in hypers])
     if frozen: learn.opt.freeze_to(frozen)
 
-# %% ../../nbs/api/19_callback.core.ipynb #4a8d0ab5
+# %% ../../nbs/api/19_callback.core.ipynb #b27fbc9c
 def act_order(
     place:int, # 1 (first) to 8 among the callbacks of this library
 ) -> float: # an `order` between those of `MixedPrecision` and `GradientClip`
@@ -58,7 +58,7 @@ class ActCallback(Callback):
         "Put the columns into the table when a fit may begin, unless this is a validation."
         if self.learn.lock.locked(): return
         self._fresh = True
-        self._show({} if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') else self.columns())
+        self._show(self.columns())
 
     def after_fit(self):
         "Take the columns out of the table."
