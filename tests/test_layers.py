@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from learned_relu.act_layer import ActLayer
 from learned_relu.layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
+from learned_relu.plot import curve_values
 
 LAYERS = [LearnedRelu(), LearnedRelu(3), LearnedRelu(3, learn=('leak', 'maxv')), LearnedRelu(learn=()), GeneralRelu(), GeneralRelu(3),
           LearnedClip(3), LearnedClip(3, cutoff=1., value=.5, low=None, width=.5, learn=('cutoff', 'value')), LearnedClip(learn=()),
@@ -59,7 +60,8 @@ def test_averages_are_read_in_evaluation_only():
     m.update_averages(.5)
     x = torch.ones(1, 2)
     assert_close(m.train()(x), torch.full((1, 2), .25)); assert_close(m.eval()(x), torch.full((1, 2), .5))
-    m.reset_averages()
+    assert_close(curve_values(m, torch.ones(1)), torch.full((2, 1), .5)); assert_close(curve_values(m.train(), torch.ones(1)), torch.full((2, 1), .25))
+    m.eval().reset_averages()
     assert_close(m(x), torch.full((1, 2), .25))
 
 
