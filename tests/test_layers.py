@@ -60,7 +60,8 @@ def test_averages_are_read_in_evaluation_only():
     m.update_averages(.5)
     x = torch.ones(1, 2)
     assert_close(m.train()(x), torch.full((1, 2), .25)); assert_close(m.eval()(x), torch.full((1, 2), .5))
-    assert_close(curve_values(m, torch.ones(1)), torch.full((2, 1), .5)); assert_close(curve_values(m.train(), torch.ones(1)), torch.full((2, 1), .25))
+    assert_close(curve_values(m, torch.ones(1)), torch.full((2, 1), .5))
+    assert_close(curve_values(m.train(), torch.ones(1)), torch.full((2, 1), .25))
     m.eval().reset_averages()
     assert_close(m(x), torch.full((1, 2), .25))
 
