@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.data.html.md"""
 # %% auto #0
 __all__ = ['urls', 'find_images', 'image_dls', 'mnist_dls']
 
-# %% ../../nbs/api/31_bench.data.ipynb #2b4fb08d
+# %% ../../nbs/api/31_bench.data.ipynb #99744643
 import hashlib
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import GrandparentSplitter, Normalize, get_image_files, parent_label
+from fastai.torch_core import default_device
 from fastai.vision.augment import FlipItem, RandomResizedCrop
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
@@ -48,7 +49,7 @@ def find_images(
     listing = '\n'.join(f'{o.relative_to(path).as_posix()} {o.stat().st_size}' for o in files)
     return path, files, hashlib.sha256(listing.encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/31_bench.data.ipynb #0df9f978
+# %% ../../nbs/api/31_bench.data.ipynb #e343162d
 def image_dls(
     path:Path, # folder with `train/` and `val/`
     files:list, # images in it
@@ -80,6 +81,6 @@ def mnist_dls(
     x,val = (x - x.mean())/x.std(), torch.arange(len(y)) % 5 == 4
     train_dl = TfmdDL(TensorDataset(x[~val], y[~val]), bs=bs, shuffle=True, drop_last=True, num_workers=0)
     valid_dl = TfmdDL(TensorDataset(x[val], y[val]), bs=bs*2, num_workers=0)
-    dls = DataLoaders(train_dl, valid_dl)
+    dls = DataLoaders(train_dl, valid_dl, device=default_device())
     dls.c,dls.c_in = 10,1
     return dls, mark
