@@ -121,7 +121,7 @@ class LearnedThreshold(ActLayer):
     def curve(self, x, values, channel_dim): return learned_threshold(x, **values, channel_dim=channel_dim, width=self.width)
     def clipped(self, y): return y == _line(self, y, 'value')
 
-# %% ../nbs/api/02_layers.ipynb #eef83fc4
+# %% ../nbs/api/02_layers.ipynb #8af8592a
 class LeakyGradRelu(nn.Module):
     "ReLU forward, leaky ReLU backward."
     __default_init__ = ActLayer.__default_init__
@@ -143,4 +143,4 @@ class LeakyGradRelu(nn.Module):
         "ReLU, with a gradient on the negative side."
         return leaky_grad_relu(x, self.leak, self.channel_dim)
 
-    def extra_repr(self): return f'{self.leak}' if isinstance(self.leak, float) else f'{len(self.leak)} slopes, channel_dim={self.channel_dim}'
+    def extra_repr(self): return f'{self.leak}' if isinstance(self.leak, float) else f'{self.leak.numel()} slopes, channel_dim={self.channel_dim}'

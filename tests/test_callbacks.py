@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from common import OPTS, Follow, make, quiet
-from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.core import Callback, CancelBatchException, CancelStepException
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import Datasets
 from fastai.learner import load_learner
@@ -64,17 +64,18 @@ def test_a_cap_that_never_binds_keeps_every_bit(opt):
 class Skip(Callback):
     "As mixed precision does after an overflow, every other step"
     order, run_valid = 100, False
+    def __init__(self, what=CancelStepException): self.what = what
     def before_step(self):
-        if self.train_iter % 2: raise CancelStepException('skip')
+        if self.train_iter % 2: raise self.what('skip')
 
 
-@pytest.mark.parametrize('skip', [False, True])
+@pytest.mark.parametrize('skip', [None, CancelStepException, CancelBatchException])
 def test_groups_of_a_wrapped_optimizer_are_the_same_outside_the_step(skip):
-    learn = make(NoDecayActParams(lr_mult=.5), *([Skip()] if skip else []), opt='wrapped')
+    learn = make(NoDecayActParams(lr_mult=.5), *([Skip(skip)] if skip else []), opt='wrapped')
     counts = []
     class Look(Callback):
         def after_batch(self): counts.append([len(o) for o in self.opt.param_lists])
-    with quiet(learn): learn.fit(1, wd=.1, cbs=Look())
+    with quiet(learn): learn.fit_one_cycle(2, wd=.1, cbs=Look())
     assert len({tuple(o) for o in counts}) == 1 and len(counts[0]) == 1
     assert {id(p) for p in learn.opt.param_lists[0]} == {id(p) for p in learn.model.parameters()}
 

@@ -15,7 +15,8 @@ from learned_relu.plot import curve_values
 
 LAYERS = [LearnedRelu(), LearnedRelu(3), LearnedRelu(3, learn=('leak', 'maxv')), LearnedRelu(learn=()), GeneralRelu(), GeneralRelu(3),
           LearnedClip(3), LearnedClip(3, cutoff=1., value=.5, low=None, width=.5, learn=('cutoff', 'value')), LearnedClip(learn=()),
-          SymmetricClip(3), LearnedThreshold(), LearnedThreshold(3, learn=('threshold', 'value')), LeakyGradRelu(), LeakyGradRelu(torch.rand(3))]
+          SymmetricClip(3), LearnedThreshold(), LearnedThreshold(3, learn=('threshold', 'value')),
+          LeakyGradRelu(), LeakyGradRelu(torch.rand(3)), LeakyGradRelu(torch.tensor(.1))]
 LEARN = [o for o in LAYERS if getattr(o, 'learn', ())]
 each_layer = pytest.mark.parametrize('layer', LAYERS, ids=repr)
 

@@ -148,6 +148,40 @@ def test_after_an_error_in_a_batch_the_next_fit_watches_once():
     assert_close(look.seen[0][2], list(want))
 
 
+def test_after_an_error_nothing_more_is_kept_and_the_model_can_be_pickled(tmp_path):
+    class Fail(Callback):
+        def after_pred(self): raise KeyboardInterrupt
+    learn = smooth(ActGradPenalty(.5, nn.Tanh))
+    with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Fail())
+    learn.remove_cb(Fail)
+    with quiet(learn): learn.validate(); learn.get_preds()
+    assert len(learn.act_grad_penalty._outs) == 1
+    torch.save(learn.model, tmp_path/'model.pth')
+
+
+def test_a_step_that_overflowed_is_left_out_of_the_value():
+    learn = smooth(ActGradPenalty(.5, nn.Tanh), lr=0.)
+    with quiet(learn): learn.fit(1)
+    value = learn.act_grad_penalty.columns()['grad_penalty']
+    before = value()
+    learn.act_grad_penalty._values.append(torch.tensor(math.inf))
+    assert value() == before
+
+
+def test_one_tensor_counts_once_and_a_change_in_place_is_named():
+    nested, look = smooth(lr=0.), smooth(ActGradPenalty(.5, '3'), lr=0.)
+    nested.model = nn.Sequential(*nested.model[:2], nn.Sequential(*nested.model[2:4]), nested.model[4])
+    nested.add_cb(ActGradPenalty(.5, '2*'))  # the inner Sequential, its Linear and its Tanh, whose output is that of the Sequential
+    both = smooth(ActGradPenalty(.5, '[23]'), lr=0.)
+    for o in nested, look, both:
+        with quiet(o): o.fit(1)
+    values = [o.act_grad_penalty.columns()['grad_penalty']() for o in (nested, look, both)]
+    assert values[0] == pytest.approx(values[2]) and values[1] < values[2]
+    changed = smooth(ActGradPenalty(.5, nn.Linear))
+    changed.model[1] = nn.ReLU(inplace=True)
+    with quiet(changed), pytest.raises(ValueError, match='changed in place by the layer after it'): changed.fit(1)
+
+
 @pytest.mark.parametrize('how', ['wrapped', 'in place', 'within'])
 def test_compiled_models_are_refused(how):
     learn = smooth(ActGradPenalty(.5, nn.Tanh))

@@ -31,7 +31,7 @@ from .data import find_images, image_dls, mnist_dls
 from .recipe import Recipe, arm_cbs, arm_model, opts
 from ..params import act_params, activation_weights
 
-# %% ../../nbs/api/32_bench.run.ipynb #47827fad
+# %% ../../nbs/api/32_bench.run.ipynb #9c392e93
 class Source:
     "The data of a comparison: found and checked once, made into equal data loaders for every run."
     def __init__(self,
@@ -65,8 +65,9 @@ class BatchDigest(Callback):
     order,run_valid = CastToTensor.order+1,False
     def __init__(self): self._seen = []
     def before_batch(self):
-        "Note targets and mean of the batch, in float32, which every device has."
-        self._seen.append(torch.cat([self.yb[0].flatten().float(), self.xb[0].float().mean()[None]]))
+        "Note targets and mean of the batch."
+        def wide(t): return (t.cpu() if t.device.type == 'mps' else t).double() # which has no float64
+        self._seen.append(torch.cat([wide(self.yb[0]).flatten(), wide(self.xb[0]).mean()[None]]))
     def digest(self): return hashlib.sha256(torch.cat(self._seen).cpu().numpy().tobytes()).hexdigest()[:16]
 
 def weights_digest(

@@ -14,7 +14,7 @@ from fastai.optimizer import OptimWrapper
 from .core import ActCallback, act_order
 from ..params import act_params, activation_weights
 
-# %% ../../nbs/api/20_callback.decay.ipynb #ec6b40f7
+# %% ../../nbs/api/20_callback.decay.ipynb #f23d7dab
 class NoDecayActParams(ActCallback):
     "No weight decay on activation parameters, and their own learning-rate multiplier."
     order = act_order(1)
@@ -52,6 +52,10 @@ class NoDecayActParams(ActCallback):
         self._groups = None
 
     def cancelled(self): self._restore()
+
+    def after_cancel_batch(self):
+        "Put the groups back also where another callback called off the whole batch."
+        self._restore()
 
     @torch.no_grad()
     def stepped(self):

@@ -30,7 +30,7 @@ def act_grad_penalty(
     wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gs if g is not None]
     return sum(((g if scale is None else g/scale).pow(2).sum() for g in wide), loss.new_zeros(()))
 
-# %% ../../nbs/api/25_callback.penalty.ipynb #536cb98e
+# %% ../../nbs/api/25_callback.penalty.ipynb #785f84d9
 class ActGradPenalty(ActCallback):
     "Add `weight * sum of (d loss / d a)^2` to the loss, over the outputs `a` of chosen layers."
     order = GradientAccumulation.order - 1
@@ -48,7 +48,10 @@ class ActGradPenalty(ActCallback):
     def _chosen(self, name, module):
         return fnmatch(name, self.layers) if isinstance(self.layers, str) else isinstance(module, self.layers)
 
-    def columns(self): return dict(grad_penalty=lambda: torch.stack(self._values).mean().item() if self._values else math.nan)
+    def columns(self): return dict(grad_penalty=self._mean)
+    def _mean(self):
+        v = torch.stack(self._values) if self._values else torch.zeros(0)
+        return v[v.isfinite()].mean().item() # an overflow in mixed precision is a step that is skipped
 
     def begin(self):
         model = self.learn.model
@@ -65,11 +68,16 @@ class ActGradPenalty(ActCallback):
     def before_batch(self):
         "Watch the chosen layers."
         self.after_batch()
-        self._hooks = [m.register_forward_hook(lambda m, args, out: self._outs.append(out)) for m in self._watched]
+        self._hooks = [m.register_forward_hook(self._keep) for m in self._watched]
+
+    def _keep(self, m, args, out):
+        if m.training and isinstance(out, Tensor) and out.requires_grad: self._outs[id(out)] = out, out._version
 
     def after_loss(self):
         "Add the penalty to what is propagated back."
-        outs = [o for o in self._outs if isinstance(o, Tensor) and o.requires_grad]
+        if any(o._version != version for o,version in self._outs.values()):
+            raise ValueError(f'An output of a layer chosen by layers={self.layers!r} was changed in place by the layer after it: choose that one')
+        outs = [o for o,_ in self._outs.values()]
         if not outs: raise ValueError(f'No layer chosen by layers={self.layers!r} took part in this batch with a gradient: choose others, or unfreeze')
         scaler = getattr(self.learn, 'scaler', None)
         penalty = act_grad_penalty(self.loss_grad, outs, None if scaler is None else scaler.scale(torch.ones_like(self.loss_grad)))
@@ -80,4 +88,4 @@ class ActGradPenalty(ActCallback):
     def after_batch(self):
         "Stop watching."
         for h in getattr(self, '_hooks', ()): h.remove()
-        self._hooks,self._outs = [],[]
+        self._hooks,self._outs = [],{}
