@@ -30,7 +30,7 @@ def act_grad_penalty(
     wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gs if g is not None]
     return sum(((g if scale is None else g/scale).pow(2).sum() for g in wide), loss.new_zeros(()))
 
-# %% ../../nbs/api/25_callback.penalty.ipynb #785f84d9
+# %% ../../nbs/api/25_callback.penalty.ipynb #13628b28
 class ActGradPenalty(ActCallback):
     "Add `weight * sum of (d loss / d a)^2` to the loss, over the outputs `a` of chosen layers."
     order = GradientAccumulation.order - 1
@@ -71,7 +71,7 @@ class ActGradPenalty(ActCallback):
         self._hooks = [m.register_forward_hook(self._keep) for m in self._watched]
 
     def _keep(self, m, args, out):
-        if m.training and isinstance(out, Tensor) and out.requires_grad: self._outs[id(out)] = out, out._version
+        if isinstance(out, Tensor) and out.requires_grad: self._outs[id(out)] = out, out._version
 
     def after_loss(self):
         "Add the penalty to what is propagated back."
