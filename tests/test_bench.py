@@ -75,12 +75,12 @@ def test_stopped_within_the_second_run_loses_only_that_run(how, images, tmp_path
     child = subprocess.Popen([*CMD, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(PYTHONUNBUFFERED='1'),
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
     said = b''
-    while b'%' not in said.partition(b'run 2/2')[2]: # the progress bar of the second run
+    while b'[1/3' not in said.partition(b'run 2/2')[2]: # the progress bar of the second run, after its first batch
         said += (got := os.read(child.stdout.fileno(), 4096))
         assert got, said.decode()
     child.send_signal(how)
     said += child.communicate()[0]
-    assert child.returncode not in (0, 2) and b'Traceback' not in said
+    assert child.returncode not in (0, 2) and b'KeyboardInterrupt' not in said
     kept = list((tmp_path/'records').glob('*.json'))
     assert [read_record(o)['arm'] for o in kept] == ['relu'] and not (tmp_path/'table.csv').exists()
     if how == signal.SIGINT: assert b'the same command goes on from there' in said
