@@ -49,7 +49,9 @@ def test_the_torch_ring_works_without_fastai():
 def test_public_names():
     import learned_relu.all as everything
     names = '''learned_relu learned_relu_reference LearnedRelu GeneralRelu act_params reset_averages patch_relus unpatch_relus
-    ClampActParams EMAActParams FreezeActParams ActTelemetry NoDecayActParams learned_xresnet learned_relu_train learned_relu_compare'''.split()
+    surrogate_gradient leaky_grad_relu learned_clip symmetric_clip learned_threshold LeakyGradRelu LearnedClip SymmetricClip LearnedThreshold
+    ClampActParams EMAActParams FreezeActParams ActTelemetry NoDecayActParams ActGradPenalty learned_xresnet
+    learned_relu_train learned_relu_compare learned_relu_speed'''.split()
     assert not [o for o in names if not hasattr(everything, o)]
     from fastai.learner import Learner
     assert Learner.to_learned_relu and Learner.to_relu
