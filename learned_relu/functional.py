@@ -7,9 +7,12 @@ Docs: https://learned-relu.github.io/learned_relu/api/functional.html.md"""
 # %% auto #0
 __all__ = ['channel_shape', 'check_input', 'lined_up', 'param_grad', 'negative_part', 'learned_relu_reference', 'learned_relu']
 
-# %% ../nbs/api/00_functional.ipynb #394681da
+# %% ../nbs/api/00_functional.ipynb #2ddc67bf
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from . import cpu
 
 # %% ../nbs/api/00_functional.ipynb #b80cb3e5
 def channel_shape(
@@ -85,43 +88,118 @@ def learned_relu_reference(
     y = z - sub
     return torch.where(y >= maxv, maxv, y)
 
-# %% ../nbs/api/00_functional.ipynb #96474c22
-def _shifted(x, leak, sub):
-    return x.relu().addcmul_(leak, x.clamp(_floor(x, leak), leak.new_zeros(()))).sub_(sub)
+# %% ../nbs/api/00_functional.ipynb #1736d19d
+def _gradients(g, positive, clipped, negative, params, lines):
+    passed,wide = torch.where(clipped, 0, g),torch.promote_types(g.dtype, torch.float32)
+    leak,sub,maxv = params
+    l,s,m = lines
+    return (torch.where(positive, passed, passed * l), param_grad(passed.to(wide) * negative, l, leak),
+            -param_grad(passed, s, sub), param_grad(torch.where(clipped, g, 0), m, maxv))
 
-class _LearnedRelu(torch.autograd.Function):
+# %% ../nbs/api/00_functional.ipynb #5004d2b1
+def _shifted(x, leak, sub, floor):
+    if floor is not None: x = x.clamp_min(floor)
+    slope,dim = leak.reshape(-1),next((i for i,n in enumerate(leak.shape) if n > 1), 1)
+    z = F.prelu(x.movedim(dim, 1), slope).movedim(1, dim) if x.ndim > 1 else F.prelu(x[None], slope)[0]
+    return z.sub_(sub)
+
+def _others(line): return [i for i,n in enumerate(line.shape) if n == 1]
+
+class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(x, leak, sub, maxv, channel_dim):
+    def forward(ctx, x, leak, sub, maxv, channel_dim):
         l,s,m = lined_up(x, channel_dim, leak=leak, sub=sub, maxv=maxv)
-        return _shifted(x, l, s).clamp_max_(m)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors,ctx.channel_dim = inputs
-        ctx.save_for_backward(*tensors)
+        ask = cpu.in_memory(x) and x.numel() > 0
+        ctx.floor = None if ask and ((l != 0).all() or x.amin() > -torch.inf) else _floor(x, l)
+        y = _shifted(x, l, s, ctx.floor)
+        ctx.clips = not (ask and (y.amax(_others(m), keepdim=True) < m).all()) # NaN is not below
+        ctx.save_for_backward(x, leak, sub, maxv)
+        ctx.channel_dim = channel_dim
+        return y.clamp_max_(m)
 
     @staticmethod
     def backward(ctx, g):
-        x,leak,sub,maxv = ctx.saved_tensors
-        l,s,m = lined_up(x, ctx.channel_dim, leak=leak, sub=sub, maxv=maxv)
-        with torch.no_grad(): clipped = _shifted(x, l, s) >= m
-        passed = torch.where(clipped, 0, g)
-        need_x,*need = ctx.needs_input_grad[:4]
-        dx = torch.where(x > 0, passed, passed * l) if need_x else None
-        dleak = param_grad(passed.to(torch.promote_types(g.dtype, torch.float32)) * negative_part(x, l), l, leak) if need[0] else None
-        dsub = -param_grad(passed, s, sub) if need[1] else None
-        dmaxv = param_grad(torch.where(clipped, g, 0), m, maxv) if need[2] else None
-        return dx, dleak, dsub, dmaxv, None
+        x,*params = ctx.saved_tensors
+        lines = l,s,m = lined_up(x, ctx.channel_dim, **dict(zip(('leak', 'sub', 'maxv'), params)))
+        need = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            with torch.no_grad(): clipped = _shifted(x, l, s, ctx.floor) >= m
+            return *_needed(_gradients(g, x > 0, clipped, negative_part(x, l), params, lines), need), None
+        passed,dleak,dsub,dmaxv = g,None,None,torch.zeros_like(params[2])
+        if ctx.clips:
+            room = _shifted(x, l, s, ctx.floor).neg_().add_(m)
+            passed = torch.ops.aten.threshold_backward.grad_input(g, room, 0, grad_input=room)
+            dmaxv = param_grad(g - passed, m, params[2])
+        dx = torch.ops.aten.leaky_relu_backward(passed, x, 0., False).lerp_(passed, l) if need[0] else None
+        if need[1]:
+            negative = x.clamp_max(0) if ctx.floor is None else negative_part(x, l)
+            dleak = param_grad(negative.to(torch.promote_types(x.dtype, torch.float32)).mul_(passed), l, params[0])
+        if need[2]: dsub = -param_grad(passed, s, params[1])
+        return *_needed((dx, dleak, dsub, dmaxv), need), None
 
-# %% ../nbs/api/00_functional.ipynb #2b3a66af
+def _needed(grads, need): return (o if n else None for o,n in zip(grads, need))
+
+# %% ../nbs/api/00_functional.ipynb #ef3cf8d5
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, leak, sub, maxv, kept, slot, whole, values, lay, channel_dim):
+        y,bits = cpu.forward(x, values, lay, signs=not whole)
+        ctx.save_for_backward(leak, sub, maxv, *((None, None, x) if whole else (y, bits, kept)))
+        ctx.slot,ctx.values,ctx.lay,ctx.channel_dim = slot,values,lay,channel_dim
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        *params,y,bits,kept = ctx.saved_tensors
+        if torch.is_grad_enabled(): grads = _differentiable(ctx, g, params, y, bits, kept)
+        else:
+            dx,sums = cpu.backward(g, y, bits, kept, ctx.slot, ctx.values, ctx.lay)
+            grads = dx, *map(_shaped, sums, params)
+        return *_needed(grads, ctx.needs_input_grad), *[None]*6
+
+def _shaped(s, p): return s if s.shape == p.shape and s.dtype == p.dtype else (s if p.numel() > 1 else s.sum()).reshape(p.shape).to(p.dtype)
+
+def _differentiable(ctx, g, params, y, bits, kept):
+    whole = y is None
+    like = kept if whole else y
+    lines = l,s,m = lined_up(like, ctx.channel_dim, **dict(zip(('leak', 'sub', 'maxv'), params)))
+    if whole:
+        with torch.no_grad(): clipped = _shifted(kept, l, s, _floor(kept, l)) >= m
+        return _gradients(g, kept > 0, clipped, negative_part(kept, l), params, lines)
+    positive = cpu.positive(bits, y, ctx.lay)
+    negative = torch.where(positive, 0, (y + s)/torch.where(l < 2**-10, 1, l)) # elsewhere it is kept, or nobody asks
+    if kept is not None: negative = cpu.with_kept(negative, kept.clamp(torch.finfo(kept.dtype).min, 0), ctx.slot, ctx.channel_dim, ctx.lay)
+    return _gradients(g, positive, y >= m, negative, params, lines)
+
+def _by_kernel(x, leak, sub, maxv, channel_dim):
+    params = dict(leak=leak, sub=sub, maxv=maxv)
+    for k,p in params.items(): channel_shape(x, p, channel_dim, k)
+    num = max(p.numel() for p in params.values())
+    if not cpu.supported(x, channel_dim, num): return
+    lay = cpu.layout_of(x, channel_dim, num)
+    with torch.no_grad(): values = cpu.values_of(params.values(), num, x.dtype, lay)
+    if not (torch.is_grad_enabled() and any(o.requires_grad for o in (x, *params.values()))): return cpu.forward(x, values, lay)[0]
+    kept,slot = cpu.kept_input(x, values, channel_dim, lay) if leak.requires_grad else (None, None)
+    whole = kept is x
+    return _Kernel.apply(x, leak, sub, maxv, None if whole else kept, slot, whole, values, lay, channel_dim)
+
+# %% ../nbs/api/00_functional.ipynb #fddcb308
+def _transformed(): return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
 def learned_relu(
     x:Tensor, # activations, any shape with `channel_dim`, floating point; never modified
     leak:Tensor, # slope of the negative side, no unit, finite: 0-d, `(1,)` or `(channels,)`
     sub:Tensor, # shift down, in units of the activation, finite: 0-d, `(1,)` or `(channels,)`
     maxv:Tensor, # cap on the output, in units of the activation: 0-d, `(1,)` or `(channels,)`
     channel_dim:int=1, # dimension of `x` that per-channel parameters run along; negative counts from the end
+    impl:str=None, # 'reference', 'eager' (tensor operations) or 'kernel'; None for the fastest that `x` allows
 ) -> Tensor: # shape, dtype, device and memory format of `x`
-    "`min(leaky(x, leak) - sub, maxv)` with exact gradients for all four; `TypeError` for other than floats, `ValueError` for wrong counts."
-    if torch.compiler.is_compiling(): return learned_relu_reference(x, leak, sub, maxv, channel_dim)
+    "`min(leaky(x, leak) - sub, maxv)` with exact gradients for all four; `TypeError` for other than floats, `ValueError` for wrong counts or an `impl` that cannot take `x`."
+    if impl == 'reference' or impl is None and _transformed(): return learned_relu_reference(x, leak, sub, maxv, channel_dim)
+    if impl not in (None, 'eager', 'kernel'): raise ValueError(f"impl is {impl!r}: pass 'reference', 'eager' or 'kernel', or None to choose by itself")
     check_input(x)
-    return _LearnedRelu.apply(x, leak, sub, maxv, channel_dim)
+    if impl != 'eager' and (y := _by_kernel(x, leak, sub, maxv, channel_dim)) is not None: return y
+    if impl == 'kernel':
+        raise ValueError(f'There is no kernel for {x.dtype} on {x.device} with shape {tuple(x.shape)} and strides {x.stride()}: pass a contiguous or '
+                         'channels-last float32, float64 or bfloat16 tensor on a CPU that has a C++ compiler, or impl=None')
+    return _Eager.apply(x, leak, sub, maxv, channel_dim)

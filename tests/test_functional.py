@@ -1,4 +1,7 @@
 "The curve against its reference, its gradients by definition, its corners by hand."
+import warnings
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,8 @@ from learned_relu.functional import learned_relu, learned_relu_reference
 
 SHAPES = [((6, 3), 1), ((6, 3), -1), ((4, 3, 5), 1), ((4, 5, 3), -1), ((2, 3, 4, 5), 1), ((2, 4, 5, 3), -1),
           ((2, 3, 2, 3, 2), 1), ((2, 2, 3, 2, 3), -1), ((0, 3, 4, 4), 1), ((2, 3, 0, 4), 1)]
+eager = partial(learned_relu, impl='eager')
+CURVES = pytest.mark.parametrize('curve', [learned_relu, eager], ids=['chosen', 'eager'])
 LAYOUTS = ['contiguous', 'channels_last', 'strided', 'expanded']
 
 
@@ -38,52 +43,57 @@ def laid_out(x, layout):
     return x
 
 
+@CURVES
 @pytest.mark.parametrize('layout', LAYOUTS[:3])  # finite differences need memory of their own for each element
 @pytest.mark.parametrize('per_channel', [True, False])
 @pytest.mark.parametrize('shape,channel_dim', SHAPES)
-def test_gradients_are_those_of_finite_differences(shape, channel_dim, per_channel, layout):
+def test_gradients_are_those_of_finite_differences(shape, channel_dim, per_channel, layout, curve):
     ps = params(3) if per_channel else params(1)
     x = away_from_kinks(torch.randn(shape, dtype=torch.float64), *ps, channel_dim)
     x = (laid_out(x, layout) if x.numel() else x).detach().requires_grad_()
-    assert gradcheck(learned_relu, (x, *ps, channel_dim))
-    assert gradgradcheck(learned_relu, (x, *ps, channel_dim))
+    assert gradcheck(curve, (x, *ps, channel_dim))
+    assert gradgradcheck(curve, (x, *ps, channel_dim))
 
 
-def test_gradients_with_0d_parameters():
+@CURVES
+def test_gradients_with_0d_parameters(curve):
     ps = params(1, shape=())
     x = away_from_kinks(torch.randn(5, dtype=torch.float64), *ps, 0).requires_grad_()
-    assert gradcheck(learned_relu, (x, *ps, 0)) and gradgradcheck(learned_relu, (x, *ps, 0))
+    assert gradcheck(curve, (x, *ps, 0)) and gradgradcheck(curve, (x, *ps, 0))
 
 
-def test_parameters_of_different_shapes():
+@CURVES
+def test_parameters_of_different_shapes(curve):
     leak, sub, maxv = params(3)[0], params(1, shape=())[1], params(1)[2]
     x = away_from_kinks(torch.randn(4, 3, dtype=torch.float64), leak, sub, maxv, 1).requires_grad_()
-    assert gradcheck(learned_relu, (x, leak, sub, maxv))
+    assert gradcheck(curve, (x, leak, sub, maxv)) and gradgradcheck(curve, (x, leak, sub, maxv))
 
 
 finite = st.floats(-50, 50, width=32)
 
 
+@CURVES
 @settings(max_examples=200, deadline=None)
 @given(xs=st.lists(finite, min_size=1, max_size=40), leak=st.floats(0, 1, width=32), sub=st.floats(-2, 2, width=32),
        maxv=st.floats(-1, 20, width=32))
-def test_any_numbers_agree_with_the_reference(xs, leak, sub, maxv):
+def test_any_numbers_agree_with_the_reference(curve, xs, leak, sub, maxv):
     x = torch.tensor(xs).requires_grad_()
     ps = [torch.tensor([o]).requires_grad_() for o in (leak, sub, maxv)]
-    y, want = learned_relu(x[None], *ps), learned_relu_reference(x[None], *ps)
+    y, want = curve(x[None], *ps), learned_relu_reference(x[None], *ps)
     assert torch.equal(y, want)
     g = torch.linspace(-1, 1, x.numel())[None]
     for a, b in zip(torch.autograd.grad(y, [x, *ps], g), torch.autograd.grad(want, [x, *ps], g), strict=True): assert_close(a, b)
 
 
+@CURVES
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_dtype_layout_and_input_are_kept(dtype, layout):
+def test_dtype_layout_and_input_are_kept(dtype, layout, curve):
     x = laid_out(torch.randn(4, 3, 6, 6), layout).to(dtype)
     before, like = x.clone(), x.relu()
     ps = params(3, torch.float32)
     x.requires_grad_()
-    y = learned_relu(x, *ps)
+    y = curve(x, *ps)
     y.float().sum().backward()
     assert y.dtype == dtype and y.stride() == like.stride()
     assert torch.equal(x.detach(), before)
@@ -91,23 +101,25 @@ def test_dtype_layout_and_input_are_kept(dtype, layout):
     assert_close(y, learned_relu_reference(before, *ps))
 
 
+@CURVES
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_parameter_gradients_are_summed_in_float32(dtype):
+def test_parameter_gradients_are_summed_in_float32(dtype, curve):
     x = -torch.ones(1, 1, 100, 100, dtype=dtype)
     leak, sub, maxv = params(1, torch.float32)
-    learned_relu(x, leak, sub, maxv).sum().backward()
+    curve(x, leak, sub, maxv).sum().backward()
     assert leak.grad.item() == -10_000 and sub.grad.item() == -10_000 and maxv.grad.item() == 0
 
 
-def test_ties():
+@CURVES
+def test_ties(curve):
     x = torch.tensor([[0., 1.5, 1.5 + 1e-6]]).requires_grad_()
     leak, sub, maxv = (torch.tensor([o]).requires_grad_() for o in (.25, .5, 1.))
-    learned_relu(x, leak, sub, maxv).backward(torch.tensor([[1., 10., 100.]]))
+    curve(x, leak, sub, maxv).backward(torch.tensor([[1., 10., 100.]]))
     assert x.grad.tolist() == [[.25, 0., 0.]]
     assert (leak.grad.item(), sub.grad.item(), maxv.grad.item()) == (0., -1., 110.)
 
 
-@pytest.mark.parametrize('curve', [learned_relu, learned_relu_reference])
+@pytest.mark.parametrize('curve', [learned_relu, eager, learned_relu_reference])
 def test_corners(curve):
     inf, nan = torch.inf, torch.nan
     x = torch.tensor([[-inf, inf, nan, -2., 3.]]).requires_grad_()
@@ -119,26 +131,62 @@ def test_corners(curve):
         assert torch.equal(dx, torch.tensor([[leak, 0., leak, leak, 0.]])) and dmaxv.item() == 2
 
 
-def test_the_start_at_plain_relu_is_plain_relu():
+@CURVES
+def test_the_start_at_plain_relu_is_plain_relu(curve):
     x = torch.randn(3, 4, 5, 5)*3
     zero = torch.zeros(())
-    assert torch.equal(learned_relu(x, zero, zero, torch.tensor(torch.inf)), F.relu(x))
+    assert torch.equal(curve(x, zero, zero, torch.tensor(torch.inf)), F.relu(x))
 
 
-def test_only_the_input_is_saved():
+def test_the_eager_form_keeps_the_input_alone():
     x = torch.randn(4, 3, 8, 8, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        learned_relu(x, *params(3, torch.float32))
+        eager(x, *params(3, torch.float32))
     big = [t for t in saved if t.numel() > 3]
     assert len(big) == 1 and big[0].data_ptr() == x.data_ptr()
 
 
-def test_only_what_is_needed_gets_a_gradient():
+@CURVES
+def test_only_what_is_needed_gets_a_gradient(curve):
     x = torch.randn(2, 3, requires_grad=True)
     leak, sub, maxv = params(3, torch.float32, grad=False)
-    learned_relu(x, leak, sub.requires_grad_(), maxv).sum().backward()
+    curve(x, leak, sub.requires_grad_(), maxv).sum().backward()
     assert leak.grad is None and maxv.grad is None and sub.grad is not None and x.grad is not None
+
+
+@CURVES
+def test_a_cap_that_binds_and_slopes_of_zero(curve):
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    x.data[0, 0, 0, 0] = -torch.inf
+    ps = [torch.tensor(o, dtype=torch.float64).requires_grad_() for o in ([0., .2, 0.], [.1, 0., .3], [.3, .2, .1])]
+    g = torch.randn_like(x)
+    got, want = (torch.autograd.grad(f(x, *ps), [x, *ps], g) for f in (curve, learned_relu_reference))
+    for a, b in zip(got, want, strict=True): assert_close(a, b)
+
+
+@pytest.mark.parametrize('transform', [torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+                                       lambda f: lambda x: torch.func.vmap(f)(x[None])[0]], ids=['grad', 'jvp', 'vmap'])
+def test_the_transforms_of_torch_func(transform):
+    x, ps = torch.randn(2, 3, 4, 4), [p.detach() for p in params(3, torch.float32)]
+    got, want = (transform(lambda x, f=f: f(x, *ps).sum())(x) for f in (learned_relu, learned_relu_reference))
+    assert_close(got, want)
+
+
+def test_traced_and_exported_as_the_readable_form():
+    class Act(torch.nn.Module):
+        def forward(self, x): return learned_relu(x, *ps)
+    x, ps = torch.randn(2, 3, 4, 4), params(3, torch.float32, grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch.jit says that it is deprecated
+        traced = torch.jit.trace(Act(), x)
+    for f in (traced, torch.export.export(Act(), (x,)).module()): assert torch.equal(f(2*x), learned_relu(2*x, *ps))
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="impl is 'fast': pass 'reference'"): learned_relu(torch.zeros(2, 3), *params(3), impl='fast')
+    with pytest.raises(ValueError, match='no kernel for torch.float16'):
+        learned_relu(torch.zeros(2, 3, dtype=torch.half), *params(3), impl='kernel')
 
 
 def test_compiled_without_a_graph_break():

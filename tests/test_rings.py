@@ -9,7 +9,7 @@ import pytest
 import learned_relu
 
 ROOT = Path(learned_relu.__file__).parent
-TORCH = 'functional surrogate act_layer layers params patch plot'.split()
+TORCH = 'cpu functional surrogate act_layer layers params patch plot'.split()
 modules = sorted(o.relative_to(ROOT) for o in ROOT.rglob('*.py') if o.name not in ('__init__.py', '_modidx.py', 'all.py'))
 
 
@@ -21,7 +21,7 @@ def imported(path):
         if isinstance(node, ast.ImportFrom):
             # nbdev exports `from learned_relu.layers import` as a relative import
             inside = ['learned_relu', *path.parts[:-1]][:len(path.parts) + 1 - node.level] if node.level else []
-            yield '.'.join([*inside, node.module]), [a.name for a in node.names]
+            yield '.'.join([*inside, node.module or node.names[0].name]), [a.name for a in node.names]
         elif isinstance(node, ast.Import): yield from ((a.name, []) for a in node.names)
 
 

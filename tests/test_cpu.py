@@ -1,0 +1,209 @@
+"The kernels for a CPU: against the reference in every layout, what they keep, and what happens where there are none."
+import os
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from learned_relu import cpu
+from learned_relu.functional import learned_relu, learned_relu_reference
+from learned_relu.layers import GeneralRelu, LearnedRelu
+
+pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason='needs Linux and a C++ compiler')
+SLOPES = dict(usual=lambda n: torch.linspace(.05, .3, n), zero=torch.zeros, some=lambda n: torch.arange(n) % 3*.1, first=lambda n: (torch.arange(n) > 0)*.1,
+              below=lambda n: -torch.ones(n)*.1)
+
+
+def inputs(shape, channel_dim, num, slope='usual', last=False, dtype=torch.float64):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    ps = [SLOPES[slope](num), torch.linspace(-.2, .4, num), torch.linspace(.4, 1.2, num)]
+    line = [1]*len(shape)
+    line[channel_dim] = -1
+    kink = (ps[1] + ps[2]).reshape(line if num > 1 else (1,)*len(shape))
+    for k in (torch.zeros(()), kink): x = torch.where((x - k).abs() < 1e-2, k + 2e-2, x)  # no ties, also when rounded
+    x = x.to(dtype)
+    if last: x = x.contiguous(memory_format=torch.channels_last)
+    return x.requires_grad_(), *(p.to(dtype).requires_grad_() for p in ps)
+
+
+SHAPES = [((3, 5), 1), ((2, 20, 3, 3), 1), ((2, 3, 70), 1), ((2, 11, 8, 8), 1), ((2, 9, 8, 9), 1), ((3, 4, 17), -1), ((3, 4, 70), 0), ((2, 2, 2, 2, 3), 3)]
+
+
+@pytest.mark.parametrize('slope', SLOPES)
+@pytest.mark.parametrize('per_channel', [True, False])
+@pytest.mark.parametrize('shape,channel_dim', SHAPES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_values_and_gradients_are_those_of_the_reference(shape, channel_dim, per_channel, slope, dtype):
+    for last in (False, True) if len(shape) == 4 and channel_dim == 1 else (False,):
+        x, *ps = inputs(shape, channel_dim, shape[channel_dim] if per_channel else 1, slope, last, dtype)
+        y, g = learned_relu(x, *ps, channel_dim, impl='kernel'), torch.randn_like(x)
+        exact = [o.detach().double().requires_grad_() for o in (x, *ps)]
+        want = learned_relu_reference(*exact, channel_dim)
+        assert_close(y, want.to(dtype))
+        if dtype != torch.bfloat16: assert torch.equal(y, learned_relu_reference(x, *ps, channel_dim))
+        for a, b in zip(torch.autograd.grad(y, [x, *ps], g), torch.autograd.grad(want, exact, g.double()), strict=True): assert_close(a, b.to(dtype))
+
+
+@pytest.mark.parametrize('slope', SLOPES)
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('shape', [(1, 20, 2, 1), (2, 3, 8, 8), (2, 20)])
+def test_gradients_are_those_of_finite_differences_whatever_is_kept(shape, last, slope):
+    if last and len(shape) != 4: return
+    args = inputs(shape, 1, shape[1], slope, last)
+    def curve(*args): return learned_relu(*args, impl='kernel')
+    assert gradcheck(curve, args) and gradgradcheck(curve, args)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shape=st.lists(st.integers(1, 13), min_size=1, max_size=4), data=st.data(), last=st.booleans(), slope=st.sampled_from(list(SLOPES)))
+def test_any_shape(shape, data, last, slope):
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    x, *ps = inputs(shape, dim, data.draw(st.sampled_from([1, shape[dim]])), slope, last and len(shape) == 4)
+    g = torch.randn_like(x)
+    got, want = ([f(x, *ps, dim), *torch.autograd.grad(f(x, *ps, dim), [x, *ps], g)] for f in (learned_relu, learned_relu_reference))
+    assert torch.equal(got[0], want[0])
+    for a, b in zip(got[1:], want[1:], strict=True): assert_close(a, b)
+
+
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('num', [1, 64])
+def test_many_threads_and_a_gradient_in_another_layout(last, num):
+    x, *ps = inputs((8, 64, 30, 30), 1, num, 'some', last, torch.float32)
+    g = torch.randn(8, 64, 30, 30)
+    exact = [o.detach().double().requires_grad_() for o in (x, *ps)]
+    want = torch.autograd.grad(learned_relu_reference(*exact), exact, g.double())
+    n = torch.get_num_threads()
+    try:
+        res = []
+        for t in (1, 2, 3):
+            torch.set_num_threads(t)
+            res.append(torch.autograd.grad(learned_relu(x, *ps, impl='kernel'), [x, *ps], g))
+    finally: torch.set_num_threads(n)
+    for a, b in zip(res[0], want, strict=True): assert_close(a, b.float(), rtol=1e-5, atol=1e-3)
+    for other in res[1:]:
+        for a, b in zip(res[0], other, strict=True): assert torch.equal(a, b), 'the same numbers whatever the number of threads'
+
+
+def kept_bytes(f, *args):
+    "Bytes that a forward pass keeps for its backward pass; what shares memory counts once, parameters do not count"
+    saved = {}
+    def keep(t): saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): res = f(*args)
+    for p in f.parameters(): saved.pop(p.untyped_storage().data_ptr(), None)
+    return sum(saved.values()), res
+
+
+@pytest.mark.parametrize('last', [False, True])
+def test_as_small_as_relu_in_place(last):
+    def net(act): return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), act, nn.Conv2d(32, 32, 3))
+    x = torch.randn(4, 3, 34, 34).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    relu, learned, fixed = (kept_bytes(net(o).to(memory_format=torch.channels_last if last else torch.contiguous_format), x)[0]
+                            for o in (nn.ReLU(inplace=True), LearnedRelu(32), GeneralRelu()))
+    assert learned <= 1.05*relu and fixed <= 1.05*relu
+    some = LearnedRelu(32, leak=(torch.arange(32) >= 8)*.05)
+    assert kept_bytes(net(some), x)[0] - learned < 1.1*4*4*32*32*32/4, 'a quarter of the channels has a slope of 0'
+
+
+def test_what_is_kept_is_the_output_and_a_bit():
+    layer, x = LearnedRelu(4), torch.randn(2, 4, 16, 16, requires_grad=True)
+    n, y = kept_bytes(layer, x)
+    assert n == y.nbytes + y.nbytes//32
+    x.data.zero_()  # the input may be overwritten
+    y.sum().backward()
+    assert x.grad.unique().numel() == 2
+    z = layer(torch.randn(2, 4, 16, 16))
+    z.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): z.sum().backward()
+
+
+def test_nothing_is_kept_without_gradients():
+    layer, x = LearnedRelu(4).requires_grad_(False), torch.randn(2, 4, 16, 16)
+    assert kept_bytes(layer, x)[0] == 0
+    with torch.no_grad(): assert not LearnedRelu(4)(x).requires_grad
+
+
+@pytest.mark.parametrize('x', [torch.zeros(2, 3, 4, 8)[..., ::2], torch.zeros(2, 3).half(), torch.zeros(0, 3),
+                               torch.zeros(1, 3).expand(4, 3), torch.zeros(3, 2).T])
+def test_what_no_kernel_takes_goes_another_way(x):
+    assert not cpu.supported(x, 1, 3)
+    y = learned_relu(x, *(torch.full((3,), o) for o in (.1, .2, 1.)))
+    assert y.shape == x.shape and y.dtype == x.dtype
+
+
+@pytest.mark.parametrize('curve', [learned_relu, learned_relu_reference])
+def test_tensors_without_memory(curve):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        x, ps = torch.zeros(2, 3), [torch.full((3,), o, requires_grad=True) for o in (.1, .2, 1.)]
+        assert curve(x, *ps).shape == (2, 3)
+    x, ps = torch.zeros(2, 3, device='meta'), [torch.zeros(3, device='meta', requires_grad=True) for _ in range(3)]
+    curve(x, *ps).sum().backward()
+    assert ps[0].grad.shape == (3,)
+
+
+@pytest.fixture
+def fresh():
+    "No kernels loaded, before and after"
+    cpu.kernels.cache_clear()
+    yield
+    cpu.kernels.cache_clear()
+
+
+def runs_anyway():
+    x, *ps = inputs((2, 3, 4, 4), 1, 3)
+    assert torch.equal(learned_relu(x, *ps), learned_relu_reference(x, *ps))
+
+
+def test_without_a_compiler_it_is_said_once(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv('PATH', str(tmp_path)); monkeypatch.delenv('CXX', raising=False)
+    with pytest.warns(UserWarning, match=r'several times slower on a CPU, because there is no C\+\+ compiler') as seen: runs_anyway()
+    assert len(seen) == 1
+    runs_anyway()
+    with pytest.raises(ValueError, match='no kernel'): learned_relu(torch.zeros(2, 3), *[torch.ones(1)]*3, impl='kernel')
+
+
+def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
+    bad = tmp_path/'cc'
+    bad.write_text('#!/bin/sh\necho "no such flag" >&2; exit 1\n'); bad.chmod(0o755)
+    monkeypatch.setenv('CXX', str(bad)); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    with pytest.warns(UserWarning, match='failed: no such flag'): runs_anyway()
+    assert not list((tmp_path/'learned_relu').iterdir()), 'nothing half made is left'
+
+
+def test_a_directory_that_cannot_be_written(fresh, monkeypatch, tmp_path):
+    (tmp_path/'file').touch()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'file'))
+    with pytest.warns(UserWarning, match='XDG_CACHE_HOME'): runs_anyway()
+
+
+def test_compiled_once_by_many_at_a_time(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    compiler = os.environ.get('CXX', 'g++')
+    with ThreadPoolExecutor(3) as pool: paths = set(pool.map(cpu.compiled, [compiler]*3))
+    assert paths == set((tmp_path/'learned_relu').iterdir()) and len(paths) == 1
+    made = next(iter(paths)).stat().st_mtime_ns
+    cpu.compiled(compiler)
+    assert next(iter(paths)).stat().st_mtime_ns == made
+    with warnings.catch_warnings(): warnings.simplefilter('error'); runs_anyway()
+
+
+def test_without_openmp(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    lib = cpu.compiled(os.environ.get('CXX', 'g++'), openmp=False)
+    symbols = lib.read_bytes()
+    assert b'GOMP_parallel' not in symbols and b'forward_float' in symbols
+
+
+def test_one_pool_of_threads():
+    code = ('import torch; from learned_relu.functional import learned_relu; learned_relu(torch.randn(4, 8, 64, 64), *[torch.ones(8)]*3, impl="kernel");'
+            'maps = open("/proc/self/maps").read().split(); libs = {o for o in maps if "gomp" in o or "iomp" in o or "libomp" in o}; assert len(libs) <= 1, libs')
+    subprocess.run([sys.executable, '-c', code], check=True)
