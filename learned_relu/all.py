@@ -1,5 +1,6 @@
 "Every public name of the library."
 from learned_relu.act_layer import *
+from learned_relu.batchnorm import *
 from learned_relu.bench.cli import *
 from learned_relu.bench.data import *
 from learned_relu.bench.recipe import *
@@ -21,4 +22,5 @@ from learned_relu.params import *
 from learned_relu.patch import *
 from learned_relu.plot import *
 from learned_relu.surrogate import *
+from learned_relu.trace import *
 from learned_relu.xresnet import *

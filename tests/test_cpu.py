@@ -18,8 +18,8 @@ from learned_relu.functional import learned_relu, learned_relu_reference
 from learned_relu.layers import GeneralRelu, LearnedRelu
 
 pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason='needs Linux and a C++ compiler')
-SLOPES = dict(usual=lambda n: torch.linspace(.05, .3, n), zero=torch.zeros, some=lambda n: torch.arange(n) % 3*.1, first=lambda n: (torch.arange(n) > 0)*.1,
-              below=lambda n: -torch.ones(n)*.1)
+SLOPES = dict(usual=lambda n: torch.linspace(.05, .3, n), zero=torch.zeros, some=lambda n: torch.arange(n) % 3*.1,
+              first=lambda n: (torch.arange(n) > 0)*.1, below=lambda n: -torch.ones(n)*.1)
 
 
 def inputs(shape, channel_dim, num, slope='usual', last=False, dtype=torch.float64):
@@ -35,7 +35,8 @@ def inputs(shape, channel_dim, num, slope='usual', last=False, dtype=torch.float
     return x.requires_grad_(), *(p.to(dtype).requires_grad_() for p in ps)
 
 
-SHAPES = [((3, 5), 1), ((2, 20, 3, 3), 1), ((2, 3, 70), 1), ((2, 11, 8, 8), 1), ((2, 9, 8, 9), 1), ((3, 4, 17), -1), ((3, 4, 70), 0), ((2, 2, 2, 2, 3), 3)]
+SHAPES = [((3, 5), 1), ((2, 20, 3, 3), 1), ((2, 3, 70), 1), ((2, 11, 8, 8), 1), ((2, 9, 8, 9), 1),
+          ((3, 4, 17), -1), ((3, 4, 70), 0), ((2, 2, 2, 2, 3), 3)]
 
 
 @pytest.mark.parametrize('slope', SLOPES)
@@ -204,6 +205,8 @@ def test_without_openmp(fresh, monkeypatch, tmp_path):
 
 
 def test_one_pool_of_threads():
-    code = ('import torch; from learned_relu.functional import learned_relu; learned_relu(torch.randn(4, 8, 64, 64), *[torch.ones(8)]*3, impl="kernel");'
-            'maps = open("/proc/self/maps").read().split(); libs = {o for o in maps if "gomp" in o or "iomp" in o or "libomp" in o}; assert len(libs) <= 1, libs')
+    code = ('import torch; from learned_relu.functional import learned_relu\n'
+            'learned_relu(torch.randn(4, 8, 64, 64), *[torch.ones(8)]*3, impl="kernel")\n'
+            'libs = {o for o in open("/proc/self/maps").read().split() if "gomp" in o or "iomp" in o or "libomp" in o}\n'
+            'assert len(libs) <= 1, libs')
     subprocess.run([sys.executable, '-c', code], check=True)

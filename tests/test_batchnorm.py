@@ -1,0 +1,206 @@
+"BatchNorm and the curve as one layer: the same values, gradients, statistics and keys as the two apart."
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import make, quiet
+from fastai.callback.schedule import fit_one_cycle  # noqa: F401
+from fastai.vision.models.xresnet import xresnet18
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from learned_relu.all import (
+    BnLearnedRelu,
+    ClampActParams,
+    EMAActParams,
+    LearnedRelu,
+    act_params,
+    bn_learned_relu,
+    deferred,
+    fuse_batchnorms,
+    learned_relu,
+    patch_relus,
+    unfuse_batchnorms,
+    unpatch_relus,
+)
+
+
+def arguments(n=3, dtype=torch.float64, last=False):
+    torch.manual_seed(0)
+    x = torch.randn(4, n, 3, 5, dtype=dtype)
+    if last: x = x.contiguous(memory_format=torch.channels_last)
+    w, b = torch.linspace(.5, 1.5, n), torch.linspace(-.3, .3, n)
+    ps = torch.linspace(0, .3, n), torch.linspace(-.2, .4, n), torch.linspace(.4, 1.2, n)
+    return [o.to(dtype).requires_grad_() for o in (x, w, b, *ps)]
+
+
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('training', [True, False])
+def test_gradients_are_those_of_finite_differences(training, last):
+    x, w, b, *ps = arguments(last=last)
+    rm, rv = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    def f(x, w, b, *ps): return bn_learned_relu(x, rm.clone(), rv.clone(), w, b, *ps, training=training)
+    assert gradcheck(f, (x, w, b, *ps)) and gradgradcheck(f, (x, w, b, *ps))
+    def plain(x, *ps): return bn_learned_relu(x, None, None, None, None, *ps, training=True)
+    assert gradcheck(plain, (x, *ps)) and gradgradcheck(plain, (x, *ps))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('shape', [(16, 6), (8, 6, 7), (4, 6, 5, 9), (2, 6, 3, 4, 5)])
+def test_as_the_two_apart(shape, training, dtype):
+    torch.manual_seed(0)
+    cls = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    one = nn.Sequential(cls(6), LearnedRelu(6, leak=torch.tensor([0., .1, .2, .3, .4, 0.]), maxv=1.)).train(training)
+    with torch.no_grad(): one[0].weight.uniform_(.5, 2); one[0].running_mean.uniform_(-1, 1)
+    two = copy.deepcopy(one)
+    fuse_batchnorms(two, torch.zeros(shape))
+    two.train(training)
+    res = []
+    for m in (one, two):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        y = m(x)
+        y.backward(torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype))
+        res.append([y, x.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+    for a, b in zip(*res, strict=True): assert_close(a, b)
+    assert list(one.state_dict()) == list(two.state_dict())
+
+
+@pytest.mark.parametrize('kwargs', [dict(momentum=None), dict(affine=False), dict(track_running_stats=False), dict(eps=.1, momentum=.5)], ids=str)
+def test_every_kind_of_batchnorm(kwargs):
+    one = nn.Sequential(nn.BatchNorm2d(4, **kwargs), LearnedRelu(4))
+    two = copy.deepcopy(one)
+    fuse_batchnorms(two, torch.zeros(1, 4, 2, 2))
+    for _ in range(3):
+        x = torch.randn(5, 4, 3, 3)
+        assert_close(one(x), two(x))
+    for a, b in zip(one.buffers(), two.buffers(), strict=True): assert_close(a, b)
+    assert_close(one.eval()(x), two.eval()(x))
+
+
+def test_a_frozen_batchnorm_in_a_training_model():
+    one = nn.Sequential(nn.BatchNorm2d(4), LearnedRelu(4))
+    one[0].running_mean += 1
+    two = copy.deepcopy(one)
+    fuse_batchnorms(two, torch.zeros(1, 4, 2, 2))
+    one[0].eval(); two[0].eval()
+    x = torch.randn(5, 4, 3, 3)
+    assert_close(one(x), two(x))
+    one(x).sum().backward(); two(x).sum().backward()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True): assert_close(a.grad, b.grad)
+    assert two[0].running_mean.eq(1).all() and two[0].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize('dtype,slope', [(torch.float32, .05), (torch.float32, 0.), (torch.bfloat16, .05)])
+def test_only_the_input_is_kept(dtype, slope):
+    from test_cpu import kept_bytes
+    m = nn.Sequential(nn.BatchNorm2d(8), LearnedRelu(8, leak=slope)).to(dtype)
+    fuse_batchnorms(m, torch.zeros(1, 8, 2, 2, dtype=dtype))
+    x = torch.randn(4, 8, 32, 32, dtype=dtype, requires_grad=True)
+    n, y = kept_bytes(m, x)
+    assert x.nbytes <= n < 1.02*x.nbytes and y.nbytes == x.nbytes
+
+
+def test_no_more_is_kept_than_relu_in_place_keeps():
+    from test_cpu import kept_bytes
+    def net(act): return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), act, nn.Conv2d(32, 32, 3))
+    x, m = torch.randn(4, 3, 34, 34), net(LearnedRelu(32, leak=0.))
+    fuse_batchnorms(m, x)
+    assert kept_bytes(m, x)[0] <= 1.001*kept_bytes(net(nn.ReLU(inplace=True)), x)[0]
+
+
+def test_a_whole_model_fused_and_taken_apart():
+    torch.manual_seed(0)
+    model = xresnet18(n_out=4)
+    relus = copy.deepcopy(model)
+    report = patch_relus(model, fuse_bn=True, leak=0., sub=0., maxv=100.)
+    assert sum(o.new == 'BnLearnedRelu' for o in report.rows) == 11 and sum(o.new == 'LearnedRelu' for o in report.rows) == 8
+    assert all('with' in o.note for o in report.rows if o.new == 'BnLearnedRelu')
+    x = torch.randn(4, 3, 32, 32)
+    assert_close(model(x), relus(x))
+    for k, v in relus.state_dict().items(): assert_close(model.state_dict()[k], v)
+    assert len(act_params(model)) == 3*19
+    apart = copy.deepcopy(model)
+    assert unfuse_batchnorms(apart) == 11 and not [o for o in apart.modules() if isinstance(o, BnLearnedRelu)]
+    assert_close(apart.eval()(x), model.eval()(x))
+    apart.load_state_dict(model.state_dict())
+    unpatch_relus(model)
+    assert str(model) == str(relus) and all(type(o) is not BnLearnedRelu for o in model.modules())
+    assert_close(model(x), relus.eval()(x))
+
+
+def test_training_goes_on_with_the_same_optimizer():
+    def net(): return nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    res = []
+    for fuse in (False, True):
+        learn = make(ClampActParams(), EMAActParams(), opt='sgd')  # Adam blows up the rounding of a bias before BatchNorm
+        torch.manual_seed(0)
+        learn.model = net()
+        patch_relus(learn.model)
+        if fuse: fuse_batchnorms(learn.model)
+        with quiet(learn):
+            learn.fit(1)
+            if fuse: unfuse_batchnorms(learn.model); fuse_batchnorms(learn.model)
+            learn.fit(2, reset_opt=False)
+        res.append(learn.model.state_dict())
+    assert list(res[0]) == list(res[1])
+    for a, b in zip(*(o.values() for o in res), strict=True): assert_close(a, b)
+
+
+def test_saved_and_loaded_whole():
+    m = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    patch_relus(m, fuse_bn=True)
+    f = io.BytesIO(); torch.save(m, f); f.seek(0)
+    n = torch.load(f, weights_only=False)
+    assert n[2]._bn[0].weight is n[1].weight
+    x = torch.randn(3, 1, 4, 4)
+    assert_close(m(x), n(x))
+    m.double(); assert m(x.double()).dtype == torch.float64
+
+
+def test_compiled_without_a_graph_break():
+    m = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), LearnedRelu(4))
+    fuse_batchnorms(m)
+    x = torch.randn(3, 1, 4, 4)
+    torch._dynamo.reset()
+    want, got = copy.deepcopy(m)(x), torch.compile(m, backend='eager', fullgraph=True)(x)
+    assert_close(got, want)
+
+
+class Branch(nn.Module):
+    def __init__(self, how): super().__init__(); self.bn, self.act, self.other, self.how = nn.BatchNorm2d(3), nn.ReLU(), nn.ReLU(), how
+    def forward(self, x):
+        h = self.bn(x)
+        return {'returned': lambda: (self.act(h), h), 'added': lambda: self.act(h) + h, 'twice': lambda: self.act(h) + self.other(h),
+                'again': lambda: self.act(self.act(h)), 'changed': lambda: self.act(h*2), 'bn twice': lambda: self.act(self.bn(h))}[self.how]()
+
+
+@pytest.mark.parametrize('how', ['returned', 'added', 'twice', 'again', 'changed', 'bn twice'])
+def test_what_is_used_elsewhere_is_not_fused(how):
+    m = Branch(how)
+    patch_relus(m, torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match='nothing to fuse'): fuse_batchnorms(m, torch.zeros(1, 3, 4, 4))
+    assert not [o for o in m.modules() if isinstance(o, BnLearnedRelu)]
+
+
+def test_bad_input_is_named():
+    with pytest.raises(TypeError, match='SyncBatchNorm cannot be fused'): deferred(nn.SyncBatchNorm(3))
+    with pytest.raises(TypeError, match=r'bn is a BatchNorm2d: pass deferred\(bn\)'): BnLearnedRelu(nn.BatchNorm2d(3), 3)
+    one = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match='one value per channel'): bn_learned_relu(torch.ones(1, 3), None, None, *[one]*5, training=True)
+    with pytest.raises(ValueError, match='fuse_bn goes with LearnedRelu'): patch_relus(xresnet18(), layer=nn.PReLU, fuse_bn=True)
+    m = nn.Sequential(nn.Conv2d(3, 3, 1), nn.SyncBatchNorm(3), nn.ReLU())
+    with pytest.raises(ValueError, match='nothing to fuse'): patch_relus(m, fuse_bn=True)
+    assert type(m[1]) is nn.SyncBatchNorm and type(m[2]) is nn.ReLU, 'left as it was'
+    m = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    assert patch_relus(m, fuse_bn=True, dry_run=True).rows[0].new == 'BnLearnedRelu' and type(m[2]) is nn.ReLU
+    with pytest.raises(ValueError, match='expected 4D'): deferred(nn.BatchNorm2d(3))(torch.zeros(2, 3))
+
+
+def test_the_form_it_replaces():
+    x, w, b, *ps = arguments(dtype=torch.float32)
+    with torch.no_grad():
+        assert_close(bn_learned_relu(x, None, None, w, b, *ps, training=True), learned_relu(F.batch_norm(x, None, None, w, b, True), *ps))
