@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/callback.penalty.html.md""
 # %% auto #0
 __all__ = ['act_grad_penalty', 'ActGradPenalty']
 
-# %% ../../nbs/api/25_callback.penalty.ipynb #6c5e833b
+# %% ../../nbs/api/25_callback.penalty.ipynb #b6335f99
 import math
 from fnmatch import fnmatch
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..act_layer import ActLayer
 from .core import ActCallback
 from ..params import inner_model
+from ..trace import is_compiled
 
 # %% ../../nbs/api/25_callback.penalty.ipynb #434b2263
 def act_grad_penalty(
@@ -30,7 +31,7 @@ def act_grad_penalty(
     wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gs if g is not None]
     return sum(((g if scale is None else g/scale).pow(2).sum() for g in wide), loss.new_zeros(()))
 
-# %% ../../nbs/api/25_callback.penalty.ipynb #13628b28
+# %% ../../nbs/api/25_callback.penalty.ipynb #6859b920
 class ActGradPenalty(ActCallback):
     "Add `weight * sum of (d loss / d a)^2` to the loss, over the outputs `a` of chosen layers."
     order = GradientAccumulation.order - 1
@@ -55,7 +56,7 @@ class ActGradPenalty(ActCallback):
 
     def begin(self):
         model = self.learn.model
-        if any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) for m in model.modules()):
+        if is_compiled(model):
             raise ValueError('The model is compiled, and a compiled backward pass cannot be differentiated again: train without torch.compile')
         self._watched = [m for n,m in inner_model(model).named_modules() if n and self._chosen(n, m)]
         if not self._watched:

@@ -7,7 +7,8 @@ Docs: https://learned-relu.github.io/learned_relu/api/callback.telemetry.html.md
 # %% auto #0
 __all__ = ['param_stats', 'ActTelemetry']
 
-# %% ../../nbs/api/24_callback.telemetry.ipynb #7ab217e7
+# %% ../../nbs/api/24_callback.telemetry.ipynb #f57fb189
+from contextlib import ExitStack
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,7 @@ import torch
 
 from .core import ActCallback, act_order
 from ..params import act_params
+from ..trace import uncompiled
 
 # %% ../../nbs/api/24_callback.telemetry.ipynb #96aa9b82
 _columns = ['mean', 'std', 'min', 'max', 'grad', 'at_low', 'at_high']
@@ -31,7 +33,7 @@ def param_stats(
     rms = v.new_tensor(float('nan')) if g is None else g.float().pow(2).mean().sqrt()
     return torch.stack([v.mean(), v.std(correction=0), v.min(), v.max(), rms, (v <= low).float().mean(), (v >= high).float().mean()])
 
-# %% ../../nbs/api/24_callback.telemetry.ipynb #d5923da6
+# %% ../../nbs/api/24_callback.telemetry.ipynb #0501e780
 class ActTelemetry(ActCallback):
     "Record activation parameters every few steps; `frame`, `plot`, `heatmap` and `plot_curves` show them."
     order = act_order(5) # below `Recorder`, which reads the columns of the table in its `before_fit`
@@ -41,7 +43,7 @@ class ActTelemetry(ActCallback):
     ):
         if isinstance(every, bool) or not isinstance(every, int): raise TypeError(f'every is {every!r}: pass a whole number of steps')
         if every < 1: raise ValueError(f'every is {every}: pass 1 or more optimizer steps')
-        self.every,self.activations,self._hooks = every,activations,[]
+        self.every,self.activations,self._watching = every,activations,ExitStack()
         self.reset()
 
     def reset(self):
@@ -54,6 +56,8 @@ class ActTelemetry(ActCallback):
     def begin(self):
         self._live = not hasattr(self.learn, 'lr_finder')
         if not self._live: return
+        if self.activations and any(hasattr(m, '_orig_mod') for m in self.learn.model.modules()):
+            raise ValueError('torch.compile(model) hides what flows through the model: compile in place, with learn.model.compile(), or pass activations=False')
         self._fit += 1
         clamp = getattr(self.learn, 'clamp_act_params', None)
         def bounds(o): return clamp.bounds_of(o.layer, o.kind) if clamp else o.layer.bounds_of(o.kind)
@@ -63,7 +67,8 @@ class ActTelemetry(ActCallback):
         "Watch the layers in a batch that will be recorded."
         self.after_batch()
         if not (self.activations and self._live and self._counted % self.every == 0): return
-        self._hooks = [m.register_forward_hook(self._watch) for m in {o.layer: None for o,*_ in self._acts}]
+        self._watching.enter_context(uncompiled(self.learn.model))
+        for m in {o.layer: None for o,*_ in self._acts}: self._watching.callback(m.register_forward_hook(self._watch).remove)
 
     @torch.no_grad()
     def _watch(self, m, args, y):
@@ -72,8 +77,7 @@ class ActTelemetry(ActCallback):
 
     def after_batch(self):
         "Stop watching."
-        for h in self._hooks: h.remove()
-        self._hooks = []
+        self._watching.close()
 
     def stepped(self):
         if not self._live: return
