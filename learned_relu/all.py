@@ -8,6 +8,7 @@ from learned_relu.bench.record import *
 from learned_relu.bench.report import *
 from learned_relu.bench.run import *
 from learned_relu.bench.speed import *
+from learned_relu.bench.speed_cli import *
 from learned_relu.callback.clamp import *
 from learned_relu.callback.core import *
 from learned_relu.callback.decay import *
