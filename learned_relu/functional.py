@@ -8,12 +8,15 @@ Docs: https://learned-relu.github.io/learned_relu/api/functional.html.md"""
 __all__ = ['channel_shape', 'check_input', 'lined_up', 'param_grad', 'negative_part', 'learned_relu_reference', 'learned_relu',
            'learned_relu_gradients']
 
-# %% ../nbs/api/00_functional.ipynb #2ddc67bf
+# %% ../nbs/api/00_functional.ipynb #e828c8d6
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
+from .layout import values_of
 
 # %% ../nbs/api/00_functional.ipynb #b80cb3e5
 def channel_shape(
@@ -147,13 +150,13 @@ class _Eager(torch.autograd.Function):
 
 def _needed(grads, need): return (o if n else None for o,n in zip(grads, need))
 
-# %% ../nbs/api/00_functional.ipynb #ef3cf8d5
+# %% ../nbs/api/00_functional.ipynb #08e48f54
 class _Kernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, leak, sub, maxv, kept, slot, whole, values, lay, channel_dim):
-        y,bits = cpu.forward(x, values, lay, signs=not whole)
+    def forward(ctx, x, leak, sub, maxv, kept, slot, whole, values, lay, channel_dim, kernels):
+        y,bits = kernels.forward(x, values, lay, signs=not whole)
         ctx.save_for_backward(leak, sub, maxv, *((None, None, x) if whole else (y, bits, kept)))
-        ctx.slot,ctx.values,ctx.lay,ctx.channel_dim = slot,values,lay,channel_dim
+        ctx.slot,ctx.values,ctx.lay,ctx.channel_dim,ctx.kernels = slot,values,lay,channel_dim,kernels
         return y
 
     @staticmethod
@@ -161,9 +164,9 @@ class _Kernel(torch.autograd.Function):
         *params,y,bits,kept = ctx.saved_tensors
         if torch.is_grad_enabled(): grads = _differentiable(ctx, g, params, y, bits, kept)
         else:
-            dx,sums = cpu.backward(g, y, bits, kept, ctx.slot, ctx.values, ctx.lay)
+            dx,sums = ctx.kernels.backward(g, y, bits, kept, ctx.slot, ctx.values, ctx.lay)
             grads = dx, *map(_shaped, sums, params)
-        return *_needed(grads, ctx.needs_input_grad), *[None]*6
+        return *_needed(grads, ctx.needs_input_grad), *[None]*7
 
 def _shaped(s, p): return s if s.shape == p.shape and s.dtype == p.dtype else (s if p.numel() > 1 else s.sum()).reshape(p.shape).to(p.dtype)
 
@@ -179,19 +182,27 @@ def _differentiable(ctx, g, params, y, bits, kept):
     if kept is not None: negative = cpu.with_kept(negative, kept.clamp(torch.finfo(kept.dtype).min, 0), ctx.slot, ctx.channel_dim, ctx.lay)
     return _gradients(g, positive, y >= m, negative, params, lines)
 
+def _kernels_for(x, channel_dim, num):
+    kernels = cpu
+    if x.is_cuda or os.environ.get('TRITON_INTERPRET') == '1':
+        try: from learned_relu import cuda as kernels
+        except ImportError: return None, None
+    return kernels, kernels.supported(x, channel_dim, num)
+
 def _by_kernel(x, leak, sub, maxv, channel_dim):
     params = dict(leak=leak, sub=sub, maxv=maxv)
     for k,p in params.items(): channel_shape(x, p, channel_dim, k)
-    num = max(p.numel() for p in params.values())
-    if not cpu.supported(x, channel_dim, num): return
-    lay = cpu.layout_of(x, channel_dim, num)
-    with torch.no_grad(): values = cpu.values_of(params.values(), num, x.dtype, lay)
-    if not (torch.is_grad_enabled() and any(o.requires_grad for o in (x, *params.values()))): return cpu.forward(x, values, lay)[0]
-    kept,slot = cpu.kept_input(x, values, channel_dim, lay) if leak.requires_grad else (None, None)
+    num = max(leak.numel(), sub.numel(), maxv.numel())
+    kernels,lay = _kernels_for(x, channel_dim, num)
+    if lay is None: return
+    needed = torch.is_grad_enabled() and (x.requires_grad or leak.requires_grad or sub.requires_grad or maxv.requires_grad)
+    with torch.no_grad(): values = values_of((leak, sub, maxv), num, x.dtype, lay)
+    if not needed: return kernels.forward(x, values, lay)[0]
+    kept,slot = kernels.kept_input(x, values, channel_dim, lay, leak.requires_grad)
     whole = kept is x
-    return _Kernel.apply(x, leak, sub, maxv, None if whole else kept, slot, whole, values, lay, channel_dim)
+    return _Kernel.apply(x, leak, sub, maxv, None if whole else kept, slot, whole, values, lay, channel_dim, kernels)
 
-# %% ../nbs/api/00_functional.ipynb #fddcb308
+# %% ../nbs/api/00_functional.ipynb #59271c4a
 def _transformed(): return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 def learned_relu(
@@ -208,11 +219,11 @@ def learned_relu(
     check_input(x)
     if impl != 'eager' and (y := _by_kernel(x, leak, sub, maxv, channel_dim)) is not None: return y
     if impl == 'kernel':
-        raise ValueError(f'There is no kernel for {x.dtype} on {x.device} with shape {tuple(x.shape)} and strides {x.stride()}: pass a contiguous or '
-                         'channels-last float32, float64 or bfloat16 tensor on a CPU that has a C++ compiler, or impl=None')
+        raise ValueError(f'There is no kernel for {x.dtype} on {x.device} with shape {tuple(x.shape)} and strides {x.stride()}: pass a tensor that is '
+                         'contiguous or channels last and not empty, on a GPU with Triton, or float32, float64 or bfloat16 on a CPU with a C++ compiler')
     return _Eager.apply(x, leak, sub, maxv, channel_dim)
 
-# %% ../nbs/api/00_functional.ipynb #1c71d7b5
+# %% ../nbs/api/00_functional.ipynb #4ca6fd98
 def learned_relu_gradients(
     g:Tensor, # gradient of the output, like `x`
     x:Tensor, # input of the curve
@@ -227,9 +238,9 @@ def learned_relu_gradients(
     lines = l,s,m = lined_up(x, channel_dim, leak=leak, sub=sub, maxv=maxv)
     with torch.no_grad():
         num = max(p.numel() for p in params)
-        if cpu.supported(x, channel_dim, num):
-            lay = cpu.layout_of(x, channel_dim, num)
-            dx,sums = cpu.backward(g, None, None, x, None, cpu.values_of(params, num, x.dtype, lay), lay)
+        kernels,lay = _kernels_for(x, channel_dim, num)
+        if lay is not None:
+            dx,sums = kernels.backward(g, None, None, x, None, values_of(params, num, x.dtype, lay), lay)
             return dx, *map(_shaped, sums, params)
         floor = _floor_if(x, l)
         return _eager_gradients(g, x, params, lines, floor, _clips(_shifted(x, l, s, floor), m), [True]*4)

@@ -55,10 +55,8 @@ def test_values_and_gradients_are_those_of_the_reference(shape, channel_dim, per
 
 
 @pytest.mark.parametrize('slope', SLOPES)
-@pytest.mark.parametrize('last', [False, True])
-@pytest.mark.parametrize('shape', [(1, 20, 2, 1), (2, 3, 8, 8), (2, 20)])
+@pytest.mark.parametrize('shape,last', [((1, 20, 2, 1), False), ((1, 20, 2, 1), True), ((2, 3, 8, 8), False), ((2, 3, 8, 8), True), ((2, 20), False)])
 def test_gradients_are_those_of_finite_differences_whatever_is_kept(shape, last, slope):
-    if last and len(shape) != 4: return
     args = inputs(shape, 1, shape[1], slope, last)
     def curve(*args): return learned_relu(*args, impl='kernel')
     assert gradcheck(curve, args) and gradgradcheck(curve, args)

@@ -1,0 +1,23 @@
+"The kernels for a GPU, each time in a process of its own, since Triton chooses at import between GPU and interpreter."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('triton', reason='Triton comes with PyTorch on Linux')
+
+
+def run_cases(**env):
+    cases = Path(__file__).with_name('cuda_cases.py')
+    res = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', cases], env=dict(os.environ, **env), capture_output=True, text=True)
+    assert res.returncode == 0 and ' passed' in res.stdout and 'skipped' not in res.stdout, res.stdout[-3000:] + res.stderr[-2000:]
+
+
+def test_under_the_interpreter(): run_cases(TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu(): run_cases(TRITON_INTERPRET='0')
