@@ -8,12 +8,13 @@ Docs: https://learned-relu.github.io/learned_relu/api/cpu.html.md"""
 __all__ = ['SHORT', 'cache_dir', 'compiled', 'kernels', 'in_memory', 'supported', 'needs_input', 'kept_columns', 'kept_input',
            'with_kept', 'forward', 'backward', 'positive']
 
-# %% ../nbs/api/00_cpu.ipynb #26a9d317
+# %% ../nbs/api/00_cpu.ipynb #b5001e5c
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .layout import Layout, in_memory_order, layout_of, values_of
+from .layout import Layout, in_memory_order, layout_of
 
 # %% ../nbs/api/00_cpu.ipynb #64894ac0
 _lanes = r'''
@@ -82,7 +83,7 @@ template<class T> INLINE uint8_t pack(Mask<T> m) {
 template<class T> INLINE Mask<T> unpack(uint8_t b) { return (Mask<T>{1, 2, 4, 8, 16, 32, 64, 128} & b) != 0; }
 '''
 
-# %% ../nbs/api/00_cpu.ipynb #5ca5577a
+# %% ../nbs/api/00_cpu.ipynb #424ad251
 _curve = r'''
 template<class T> struct Curve {
   V<T> leak, sub, maxv, floor;
@@ -113,8 +114,8 @@ template<class T> INLINE V<T> from_output(const Curve<T>& c, V<T> y, Mask<T> pos
   return positive ? passed : passed*c.leak;
 }
 
-// `count` groups of `k` lanes, `step` elements apart
 INLINE I least(I a, I b) { return a < b ? a : b; }
+// strips: `count` groups of `k` lanes, `step` elements apart
 template<class S> INLINE uint8_t forward_group(const S* x, S* y, I k, const Curve<C<S>>& c) {
   V<C<S>> v = load(x, k), z = rounded<S>(c.shifted(v));
   store(y, z >= c.maxv ? c.maxv : z, k);
@@ -135,6 +136,7 @@ template<class S> INLINE void forward_strip(const S* x, S* y, uint8_t* signs, I 
 // two sums side by side, since one alone would wait for itself; sums of few terms are added to sums of sums, which rounds less
 template<class T, class F> INLINE void summed(I count, Sums<T>& sums, F step) {
   constexpr I SHORT = 128;
+  if (count <= 4) { for (I i = 0; i < count; i++) step(i, sums); return; }
   for (I i = 0; i < count; ) {
     Sums<T> even, odd;
     I end = least(count, i + SHORT);
@@ -158,7 +160,7 @@ template<class S> INLINE void input_strip(const S* g, const S* x, S* dx, I count
 }
 '''
 
-# %% ../nbs/api/00_cpu.ipynb #937ded6b
+# %% ../nbs/api/00_cpu.ipynb #656cf5bf
 _loops = r'''
 constexpr I TILE = 4, GRAIN = 32768; // rows of columns done together; elements below which one thread does it all
 template<class S> struct Params { const C<S> *leak, *sub, *maxv; }; // one value per channel of each
@@ -216,14 +218,13 @@ template<class S> void forward_columns(const S* x, S* y, uint8_t* signs, Params<
     if (ch < channels) forward_across(x + o*channels, y + o*channels, signs + o*bytes, p, rows, channels, ch, bytes, channels - ch);
   }
 }
-template<class T> INLINE void add(T* p, V<T> v, I k) { store(p, load(p, k) + v, k); }
 template<class S> INLINE void backward_across(const S* g, const S* y, const uint8_t* signs, const S* x, I slot, I kept, S* dx, C<S>* sums,
                                              Params<S> p, I rows, I channels, I ch, I bytes, I k) {
   Curve<C<S>> c(load(p.leak + ch, k), load(p.sub + ch, k), load(p.maxv + ch, k));
-  Sums<C<S>> s;
+  Sums<C<S>> s{load(sums + ch, k), load(sums + channels + ch, k), load(sums + 2*channels + ch, k)};
   if (slot < 0) output_strip(g + ch, y + ch, signs + ch/W, dx + ch, rows, channels, bytes, k, c, s);
   else input_strip(g + ch, x + slot, dx + ch, rows, channels, kept, k, c, s);
-  add(sums + ch, s.leak, k); add(sums + channels + ch, s.sub, k); add(sums + 2*channels + ch, s.maxv, k);
+  store(sums + ch, s.leak, k); store(sums + channels + ch, s.sub, k); store(sums + 2*channels + ch, s.maxv, k);
 }
 template<class S> void backward_columns(const S* g, const S* y, const uint8_t* signs, const S* x, const I* slot, I kept, S* dx, C<S>* sums,
                                         Params<S> p, I outer, I channels, I block) {
@@ -272,7 +273,7 @@ EXPORT(double)
 EXPORT(bfloat16)
 '''
 
-# %% ../nbs/api/00_cpu.ipynb #10071562
+# %% ../nbs/api/00_cpu.ipynb #0df4bf30
 _names = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bfloat16'}
 
 def _flags():
@@ -284,18 +285,20 @@ def cache_dir() -> Path: # `learned_relu` under `$XDG_CACHE_HOME`, by default `~
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'learned_relu'
 
 def compiled(
-    compiler:str, # C++ compiler, GCC or Clang
+    compiler:str, # command of a C++ compiler, GCC or Clang
     openmp:bool=True, # use PyTorch's threads
 ) -> Path: # shared library
     "The library of the kernels, compiled unless there already; raises `OSError` or `subprocess.SubprocessError` where that fails."
     source,flags = _lanes + _curve + _loops,_flags() + ['-fopenmp']*openmp
     key = hashlib.sha256('\n'.join([source, *flags, compiler, platform.machine()]).encode()).hexdigest()[:16]
     path = cache_dir()/f'curve-{key}.so'
-    if path.exists(): return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if path.stat().st_uid != os.getuid(): raise OSError(f'{path} belongs to another user, so it is not run')
+        return path
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as d:
         (Path(d)/'curve.cpp').write_text(source, encoding='utf-8')
-        subprocess.run([compiler, *flags, f'{d}/curve.cpp', '-o', f'{d}/curve.so'], check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run([*shlex.split(compiler), *flags, f'{d}/curve.cpp', '-o', f'{d}/curve.so'], check=True, capture_output=True, text=True, timeout=120)
         os.replace(f'{d}/curve.so', path)
     return path
 
@@ -303,11 +306,13 @@ def compiled(
 def kernels() -> ctypes.CDLL|None: # None where nothing could be compiled, which is said once
     "The compiled kernels, tried once in a process."
     compiler,why = os.environ.get('CXX') or next(filter(shutil.which, ('g++', 'clang++')), None),'there is no C++ compiler (g++ or clang++)'
-    if not sys.platform.startswith('linux'): why,compiler = f'kernels for {sys.platform} are not written',None
-    if compiler:
-        for openmp in (True, False): # a runtime that the compiler does not know leaves one thread
-            try: return _typed(ctypes.CDLL(str(compiled(compiler, openmp))))
-            except (OSError, subprocess.SubprocessError) as e: why = f'{compiler} failed: {getattr(e, "stderr", None) or e}'
+    if not sys.platform.startswith('linux') or sys.byteorder != 'little': why,compiler = f'kernels for {sys.platform} on {platform.machine()} are not written',None
+    for openmp in (True, False) if compiler else ():
+        try: lib = _typed(ctypes.CDLL(str(compiled(compiler, openmp))))
+        except (OSError, RuntimeError, subprocess.SubprocessError) as e: why = f'{compiler} failed: {getattr(e, "stderr", None) or e}'
+        else:
+            if not openmp: warnings.warn(f'the kernels of learned_relu run on one thread, since they do not find the OpenMP of PyTorch: {why}', stacklevel=2)
+            return lib
     warnings.warn(f'learned_relu runs on tensor operations, several times slower on a CPU, because {why}. CXX names another compiler, '
                   'XDG_CACHE_HOME another directory to keep the library in', stacklevel=2)
 
@@ -336,14 +341,14 @@ def supported(
     "The layout of `x` if the kernels can take it."
     if in_memory(x) and x.dtype in _names and x.numel() > 0 and kernels() is not None: return layout_of(x, channel_dim, num, SHORT)
 
-# %% ../nbs/api/00_cpu.ipynb #d9a56230
+# %% ../nbs/api/00_cpu.ipynb #16788ce1
 def needs_input(
     values:tuple, # leak, sub and maxv, each `(channels,)`
     dtype:torch.dtype, # of the activations
 ) -> tuple: # boolean, `(channels,)`; how many are true
     "Where `x` cannot be found again from the output."
     leak,sub,_ = values
-    which = torch.empty(leak.shape, dtype=torch.bool)
+    which = leak.new_empty(leak.shape, dtype=torch.bool)
     return which, getattr(kernels(), f'lost_{_names[dtype]}')(leak.data_ptr(), sub.data_ptr(), len(leak), torch.finfo(dtype).eps, which.data_ptr())
 
 def kept_columns(
@@ -381,7 +386,7 @@ def with_kept(
     res = in_memory_order(t, channel_dim, lay).index_copy(1, columns.nonzero()[:,0], kept)
     return res.view(t.shape) if t.is_contiguous() else res.view(t.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
 
-# %% ../nbs/api/00_cpu.ipynb #5c9725bc
+# %% ../nbs/api/00_cpu.ipynb #3e243025
 def _pointer(t): return None if t is None else t.data_ptr()
 
 def forward(
@@ -392,7 +397,7 @@ def forward(
 ) -> tuple: # output, like `x`; signs as bits (uint8), or None
     "The curve."
     y,bits = torch.empty_like(x),None
-    if signs: bits = torch.empty((lay.outer, lay.channels, -(-lay.inner//8)) if lay.inner > 1 else (lay.outer, -(-lay.channels//8)), dtype=torch.uint8)
+    if signs: bits = x.new_empty((lay.outer, lay.channels, -(-lay.inner//8)) if lay.inner > 1 else (lay.outer, -(-lay.channels//8)), dtype=torch.uint8)
     getattr(kernels(), 'forward_' + _names[x.dtype])(x.data_ptr(), y.data_ptr(), _pointer(bits), *(o.data_ptr() for o in values),
                                                           x.numel(), lay.channels, lay.inner)
     return y, bits
@@ -408,7 +413,7 @@ def backward(
 ) -> tuple: # gradient of the input; gradients of leak, sub and maxv, `(3, num)` in the dtype of `values`
     "All four gradients."
     like = kept if y is None else y
-    if g.stride() != like.stride(): g = torch.empty_like(like).copy_(g)
+    if g.stride() != like.stride() or g.dtype != like.dtype: g = torch.empty_like(like).copy_(g)
     block = max(1, 1024//lay.inner) if lay.inner > 1 else max(16, -(-lay.outer//64))
     dx,sums = torch.empty_like(like),values[0].new_empty(-(-lay.outer//block), 3, lay.channels)
     width = 0 if kept is None else lay.channels if y is None else kept.shape[1]
@@ -423,5 +428,5 @@ def positive(
     lay:Layout, # of the input
 ) -> Tensor: # boolean, like `like`
     "The signs, unpacked."
-    one = (bits[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten(-2)[..., :lay.inner if lay.inner > 1 else lay.channels]
+    one = (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).bool().flatten(-2)[..., :lay.inner if lay.inner > 1 else lay.channels]
     return one.flatten()[:like.numel()].as_strided(like.shape, like.stride())

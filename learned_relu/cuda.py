@@ -7,9 +7,8 @@ Docs: https://learned-relu.github.io/learned_relu/api/cuda.html.md"""
 # %% auto #0
 __all__ = ['SHORT', 'works', 'supported', 'kept_input', 'forward', 'backward']
 
-# %% ../nbs/api/00_cuda.ipynb #1209ca61
+# %% ../nbs/api/00_cuda.ipynb #65fadf81
 import functools
-import os
 import warnings
 
 import torch
@@ -19,15 +18,15 @@ from torch import Tensor
 
 from .layout import Layout, layout_of
 
-# %% ../nbs/api/00_cuda.ipynb #4523371f
+# %% ../nbs/api/00_cuda.ipynb #ca20f782
 @triton.jit
-def _shifted(x, leak, sub, lowest):
-    floor = tl.where(leak == 0, lowest, float('-inf'))
+def _shifted(x, leak, sub, LOWEST: tl.constexpr):
+    floor = tl.where(leak == 0, LOWEST, float('-inf'))
     negative = tl.where(x > 0, 0., tl.where(x < floor, floor, x))
     return tl.where(x > 0, x, leak*negative) - sub, negative
 
 @triton.jit
-def _forward(x_ptr, y_ptr, leak_ptr, sub_ptr, maxv_ptr, numel, channels, inner, lowest, BIG: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(x_ptr, y_ptr, leak_ptr, sub_ptr, maxv_ptr, numel, channels, inner, LOWEST: tl.constexpr, BIG: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0)
     if BIG: first = first.to(tl.int64)
     at = first*BLOCK + tl.arange(0, BLOCK)
@@ -35,19 +34,19 @@ def _forward(x_ptr, y_ptr, leak_ptr, sub_ptr, maxv_ptr, numel, channels, inner, 
     c = at // inner % channels
     leak,sub,maxv = tl.load(leak_ptr + c),tl.load(sub_ptr + c),tl.load(maxv_ptr + c)
     x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
-    z,_ = _shifted(x, leak, sub, lowest)
+    z,_ = _shifted(x, leak, sub, LOWEST)
     z = z.to(y_ptr.dtype.element_ty).to(leak.dtype)
     tl.store(y_ptr + at, tl.where(z >= maxv, maxv, z).to(y_ptr.dtype.element_ty), mask=inside)
 
 @triton.jit
-def _gradients(g, x, leak, sub, maxv, lowest, DTYPE: tl.constexpr):
-    z,negative = _shifted(x, leak, sub, lowest)
+def _gradients(g, x, leak, sub, maxv, LOWEST: tl.constexpr, DTYPE: tl.constexpr):
+    z,negative = _shifted(x, leak, sub, LOWEST)
     clipped = z.to(DTYPE).to(x.dtype) >= maxv
     passed = tl.where(clipped, 0., g)
     return tl.where(x > 0, passed, passed*leak), passed*negative, passed, tl.where(clipped, g, 0.)
 
 @triton.jit
-def _backward_rows(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_ptr, n, channels, inner, per, lowest, BIG: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_rows(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_ptr, n, channels, inner, per, LOWEST: tl.constexpr, BIG: tl.constexpr, BLOCK: tl.constexpr):
     c,chunk = tl.program_id(0),tl.program_id(1)
     start = chunk*per
     if BIG: start = start.to(tl.int64)
@@ -55,18 +54,18 @@ def _backward_rows(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_ptr, 
     dleak = tl.zeros([BLOCK], leak.dtype); dsub = tl.zeros([BLOCK], leak.dtype); dmaxv = tl.zeros([BLOCK], leak.dtype)
     for i in range(0, per, BLOCK):
         k = start + i + tl.arange(0, BLOCK)
-        inside = (k < n) & (i + tl.arange(0, BLOCK) < per)
+        inside = k < n
         at = (k // inner*channels + c)*inner + k % inner
         x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
         g = tl.load(g_ptr + at, mask=inside, other=0.).to(leak.dtype)
-        dx,l,s,m = _gradients(g, x, leak, sub, maxv, lowest, x_ptr.dtype.element_ty)
+        dx,l,s,m = _gradients(g, x, leak, sub, maxv, LOWEST, x_ptr.dtype.element_ty)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         dleak += l; dsub += s; dmaxv += m
     out = sums_ptr + chunk*3*channels + c
     tl.store(out, tl.sum(dleak, 0)); tl.store(out + channels, -tl.sum(dsub, 0)); tl.store(out + 2*channels, tl.sum(dmaxv, 0))
 
 @triton.jit
-def _backward_columns(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_ptr, outer, channels, per, lowest, BIG: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _backward_columns(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_ptr, outer, channels, per, LOWEST: tl.constexpr, BIG: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     c,chunk = tl.program_id(0)*COLUMNS + tl.arange(0, COLUMNS),tl.program_id(1)
     start = chunk*per
     if BIG: start = start.to(tl.int64)
@@ -77,17 +76,17 @@ def _backward_columns(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_pt
     dleak = tl.zeros([ROWS, COLUMNS], leak.dtype); dsub = tl.zeros([ROWS, COLUMNS], leak.dtype); dmaxv = tl.zeros([ROWS, COLUMNS], leak.dtype)
     for i in range(0, per, ROWS):
         o = start + i + tl.arange(0, ROWS)
-        inside = ((o < outer) & (i + tl.arange(0, ROWS) < per))[:, None] & real[None, :]
+        inside = (o < outer)[:, None] & real[None, :]
         at = o[:, None]*channels + c[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
         g = tl.load(g_ptr + at, mask=inside, other=0.).to(leak.dtype)
-        dx,l,s,m = _gradients(g, x, leak, sub, maxv, lowest, x_ptr.dtype.element_ty)
+        dx,l,s,m = _gradients(g, x, leak, sub, maxv, LOWEST, x_ptr.dtype.element_ty)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         dleak += l; dsub += s; dmaxv += m
     out = sums_ptr + chunk*3*channels + c
     tl.store(out, tl.sum(dleak, 0), mask=real); tl.store(out + channels, -tl.sum(dsub, 0), mask=real); tl.store(out + 2*channels, tl.sum(dmaxv, 0), mask=real)
 
-# %% ../nbs/api/00_cuda.ipynb #4316e2b6
+# %% ../nbs/api/00_cuda.ipynb #e4fb2310
 SHORT = 1 # rows are never too short
 
 @functools.cache
@@ -124,8 +123,6 @@ def kept_input(
     return x, None
 
 _dtypes = torch.float16,torch.bfloat16,torch.float32,torch.float64
-def _lowest(t): return torch.finfo(t.dtype).min
-
 def forward(
     x:Tensor, # input that is `supported`
     values:tuple, # leak, sub and maxv, each `(channels,)`
@@ -134,8 +131,9 @@ def forward(
 ) -> tuple: # output, like `x`; None
     "The curve."
     y,block = torch.empty_like(x),1024
-    _forward[(triton.cdiv(x.numel(), block),)](x, y, *values, x.numel(), lay.channels, lay.inner, _lowest(x), BIG=x.numel() >= 2**31 - block, BLOCK=block,
-                                               enable_fp_fusion=False)
+    with torch.cuda.device_of(x):
+        _forward[(triton.cdiv(x.numel(), block),)](x, y, *values, x.numel(), lay.channels, lay.inner, LOWEST=torch.finfo(x.dtype).min,
+                                                   BIG=x.numel() >= 2**31 - block, BLOCK=block, enable_fp_fusion=False)
     return y, None
 
 def backward(
@@ -149,7 +147,7 @@ def backward(
 ) -> tuple: # gradient of the input; gradients of leak, sub and maxv, `(3, channels)` in the dtype of `values`
     "All four gradients."
     x,dx = kept,torch.empty_like(kept)
-    if g.stride() != x.stride(): g = torch.empty_like(x).copy_(g)
+    if g.stride() != x.stride() or g.dtype != x.dtype: g = torch.empty_like(x).copy_(g)
     n,c = x.numel()//lay.channels,lay.channels
     columns = lay.inner == 1 and c > 1
     wide = 32 if columns else 1 # channels of a program
@@ -157,7 +155,8 @@ def backward(
     per = triton.cdiv(per, 1024//wide)*(1024//wide)
     grid = triton.cdiv(c, wide),triton.cdiv(n, per)
     sums = values[0].new_empty(grid[1], 3, c)
-    big = dict(BIG=x.numel() >= 2**31 - 1024*per, enable_fp_fusion=False)
-    if columns: _backward_columns[grid](g, x, dx, sums, *values, n, c, per, _lowest(x), ROWS=1024//wide, COLUMNS=wide, **big)
-    else: _backward_rows[grid](g, x, dx, sums, *values, n, c, lay.inner, per, _lowest(x), BLOCK=1024, **big)
+    same = dict(LOWEST=torch.finfo(x.dtype).min, BIG=x.numel() >= 2**31 - 1024*per, enable_fp_fusion=False)
+    with torch.cuda.device_of(x):
+        if columns: _backward_columns[grid](g, x, dx, sums, *values, n, c, per, ROWS=1024//wide, COLUMNS=wide, **same)
+        else: _backward_rows[grid](g, x, dx, sums, *values, n, c, lay.inner, per, BLOCK=1024, **same)
     return dx, sums.sum(0)

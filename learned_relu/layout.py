@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/api/00_layout.ipynb #b7c774fe
+# %% ../nbs/api/00_layout.ipynb #18a95a73
 class Layout(NamedTuple):
     "How a dense input lies in memory: `outer * channels * inner` elements."
     outer:int # rows of all channels
@@ -30,7 +30,7 @@ def layout_of(
 ) -> Layout|None: # None where the kernels cannot run through `x` in the order of its memory
     "How `x` lies in memory, seen from `channel_dim`."
     dense = x.is_contiguous()
-    if not dense and not _channels_last(x, channel_dim): return None
+    if not dense and not _channels_last(x, 1 if num == 1 else channel_dim): return None
     if num == 1: return Layout(-(-x.numel()//4096), 1, min(x.numel(), 4096), 1)
     inner = prod(x.shape[channel_dim % x.ndim + 1:]) if dense else 1
     repeat = inner if inner < short else 1

@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/patch.html.md"""
 # %% auto #0
 __all__ = ['PatchRow', 'PatchReport', 'patch_relus', 'unpatch_relus']
 
-# %% ../nbs/api/04_patch.ipynb #01edb724
+# %% ../nbs/api/04_patch.ipynb #cb82de17
 import inspect
 from fnmatch import fnmatch
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .act_layer import ActLayer
-from .batchnorm import fuse_batchnorms, norms_before, unfuse_batchnorms
+from .batchnorm import fuse_bn as join, norms_before, unfuse_batchnorms
 from .layers import LearnedRelu
 from .trace import dummy_input, places_of, put_module, trace_calls
 
@@ -64,7 +64,7 @@ def _refuse_wrapped(model):
         raise ValueError(f'The model is wrapped in {type(model).__name__}, which has already taken note of its parameters: '
                          'patch the model first, then wrap it')
 
-# %% ../nbs/api/04_patch.ipynb #4f39989a
+# %% ../nbs/api/04_patch.ipynb #3b53e898
 def patch_relus(
     model:nn.Module, # a built model, changed in place; not wrapped
     sample=None, # input to run once: a tensor or a tuple of tensors; None derives one from the first layer
@@ -107,7 +107,8 @@ def patch_relus(
     notes = [f'{functional} ReLU(s) are called as functions (F.relu, torch.relu): these cannot be replaced'] if functional else []
     if fuse_bn:
         every = places_of(model, nn.Module)
-        before = {', '.join(places[m]): ', '.join(every[bn]) for m,bn in norms_before(model, list(new), sample).items()}
+        pairs = norms_before(model, list(new), sample)
+        before = {', '.join(places[m]): ', '.join(every[bn]) for m,bn in pairs.items()}
         rows = [o._replace(new='BnLearnedRelu', note='; '.join(filter(None, (o.note, f'with {before[o.name]}')))) if o.name in before else o for o in rows]
     report = PatchReport(rows, notes)
     if dry_run: return report
@@ -117,10 +118,11 @@ def patch_relus(
         o.train(m.training)
         o._replaced = (m,) # in a tuple: as a plain attribute it would be a submodule, in every state_dict
         put_module(model, places[m], o)
-    if fuse_bn: fuse_batchnorms(model, sample)
+    if fuse_bn:
+        for m,bn in pairs.items(): join(bn, new[m])
     return report
 
-# %% ../nbs/api/04_patch.ipynb #51f93b4f
+# %% ../nbs/api/04_patch.ipynb #5ba71372
 def unpatch_relus(
     model:nn.Module, # a model with activations put in by `patch_relus`, or built in; changed in place; not wrapped
 ) -> PatchReport: # one row per activation put back
@@ -130,7 +132,6 @@ def unpatch_relus(
     if not places: raise ValueError(f'There is nothing to undo: {type(model).__name__} has no activation of ours')
     rows = []
     unfuse_batchnorms(model)
-    places = {m: ns for m,ns in places_of(model, nn.Module).items() if hasattr(m, '_replaced') or isinstance(m, ActLayer)}
     for m,names in places.items():
         old = getattr(m, '_replaced', (nn.ReLU(),))[0]
         old.train(m.training)

@@ -96,7 +96,7 @@ def trace_calls(
     _run(model, sample, hooks, watch)
     return shapes, watch.count
 
-# %% ../nbs/api/02_trace.ipynb #c3d0ef68
+# %% ../nbs/api/02_trace.ipynb #44cd4b4a
 class _CountUses(TorchFunctionMode):
     def __init__(self): super().__init__(); self.made,self.uses,self.inside = {},Counter(),False
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -117,7 +117,10 @@ def fed_by(
         calls[m] += 1
         if id(args[0]) in watch.made: pairs[m],watch.inside = args[0],True
     def leave(m, args, out): watch.inside = False
-    hooks = [m.register_forward_hook(made) for m in first] + [h for m in second for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    def other(m, args): # one that does nothing in evaluation, as dropout, may do something in training
+        for o in args: watch.uses[id(o)] += id(o) in watch.made
+    others = [m for m in model.modules() if m not in second and type(m) not in (nn.Sequential, nn.Identity)]
+    hooks = [m.register_forward_pre_hook(other) for m in others] + [m.register_forward_hook(made) for m in first] + [h for m in second for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     for o in tree_leaves(_run(model, sample, hooks, watch)): watch.uses[id(o)] += 1
     for x in pairs.values(): calls[id(x)] += 1
     res = {m: watch.made[id(x)][0] for m,x in pairs.items() if watch.uses[id(x)] == 0 and calls[id(x)] == 1}

@@ -19,8 +19,8 @@ from learned_relu.all import (
     LearnedRelu,
     act_params,
     bn_learned_relu,
-    deferred,
     fuse_batchnorms,
+    fuse_bn,
     learned_relu,
     patch_relus,
     unfuse_batchnorms,
@@ -170,15 +170,23 @@ def test_compiled_without_a_graph_break():
     assert_close(got, want)
 
 
+class InTraining(nn.Module):
+    def forward(self, x): return x*2 if self.training else x
+
+
 class Branch(nn.Module):
-    def __init__(self, how): super().__init__(); self.bn, self.act, self.other, self.how = nn.BatchNorm2d(3), nn.ReLU(), nn.ReLU(), how
+    def __init__(self, how):
+        super().__init__()
+        self.bn, self.act, self.other, self.how = nn.BatchNorm2d(3), nn.ReLU(), nn.ReLU(), how
+        self.drop = InTraining()
     def forward(self, x):
         h = self.bn(x)
-        return {'returned': lambda: (self.act(h), h), 'added': lambda: self.act(h) + h, 'twice': lambda: self.act(h) + self.other(h),
+        return {'dropped': lambda: self.act(self.drop(h)),
+                'returned': lambda: (self.act(h), h), 'added': lambda: self.act(h) + h, 'twice': lambda: self.act(h) + self.other(h),
                 'again': lambda: self.act(self.act(h)), 'changed': lambda: self.act(h*2), 'bn twice': lambda: self.act(self.bn(h))}[self.how]()
 
 
-@pytest.mark.parametrize('how', ['returned', 'added', 'twice', 'again', 'changed', 'bn twice'])
+@pytest.mark.parametrize('how', ['dropped', 'returned', 'added', 'twice', 'again', 'changed', 'bn twice'])
 def test_what_is_used_elsewhere_is_not_fused(how):
     m = Branch(how)
     patch_relus(m, torch.zeros(1, 3, 4, 4))
@@ -187,8 +195,8 @@ def test_what_is_used_elsewhere_is_not_fused(how):
 
 
 def test_bad_input_is_named():
-    with pytest.raises(TypeError, match='SyncBatchNorm cannot be fused'): deferred(nn.SyncBatchNorm(3))
-    with pytest.raises(TypeError, match=r'bn is a BatchNorm2d: pass deferred\(bn\)'): BnLearnedRelu(nn.BatchNorm2d(3), 3)
+    with pytest.raises(TypeError, match='SyncBatchNorm cannot be fused'): fuse_bn(nn.SyncBatchNorm(3), LearnedRelu(3))
+    with pytest.raises(TypeError, match='pass a LearnedRelu with channel_dim=1'): fuse_bn(nn.BatchNorm2d(3), LearnedRelu(3, channel_dim=-1))
     one = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match='one value per channel'): bn_learned_relu(torch.ones(1, 3), None, None, *[one]*5, training=True)
     with pytest.raises(ValueError, match='fuse_bn goes with LearnedRelu'): patch_relus(xresnet18(), layer=nn.PReLU, fuse_bn=True)
@@ -197,7 +205,57 @@ def test_bad_input_is_named():
     assert type(m[1]) is nn.SyncBatchNorm and type(m[2]) is nn.ReLU, 'left as it was'
     m = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
     assert patch_relus(m, fuse_bn=True, dry_run=True).rows[0].new == 'BnLearnedRelu' and type(m[2]) is nn.ReLU
-    with pytest.raises(ValueError, match='expected 4D'): deferred(nn.BatchNorm2d(3))(torch.zeros(2, 3))
+    m = nn.Sequential(nn.BatchNorm2d(3), LearnedRelu())
+    fuse_bn(*m)
+    with pytest.raises(ValueError, match='expected 4D'): m(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r'running_mean has shape \(3,\), but x has 4 channels'): m(torch.zeros(2, 4, 2, 2))
+    with pytest.raises(ValueError, match='running_mean is None'): bn_learned_relu(torch.ones(2, 3), None, None, *[one]*5)
+    assert m(torch.zeros(0, 3, 2, 2)).shape == (0, 3, 2, 2)
+
+
+@pytest.mark.parametrize('change', [nn.SyncBatchNorm.convert_sync_batchnorm, lambda m: nn.Sequential(nn.Identity(), m[1])], ids=['sync', 'identity'])
+def test_another_batchnorm_in_its_place_is_refused(change):
+    m = nn.Sequential(nn.BatchNorm2d(3), LearnedRelu(3))
+    fuse_bn(*m)
+    x = torch.randn(4, 3, 5, 5)
+    m(x)
+    with pytest.raises(RuntimeError, match=r'Call unfuse_batchnorms\(model\) first'): change(m)(x)
+
+
+def test_replicas_are_refused():
+    m = nn.Sequential(nn.BatchNorm2d(3), LearnedRelu(3))
+    fuse_bn(*m)
+    replica = nn.Sequential(*(o._replicate_for_data_parallel() for o in m))
+    with pytest.raises(RuntimeError, match='was not called before it'): replica(torch.randn(4, 3, 5, 5))
+
+
+def test_drawing_a_fused_model_does_not_touch_its_statistics():
+    from learned_relu.all import plot_model
+    m = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), LearnedRelu(3))
+    fuse_batchnorms(m)
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    plot_model(m)
+    for k, v in m.state_dict().items(): assert torch.equal(v, before[k])
+
+
+def test_second_derivatives_count_each_path_once():
+    torch.manual_seed(0)
+    x0, w = torch.randn(6, 3, 2, 2, dtype=torch.float64), torch.linspace(.5, 1.5, 3, dtype=torch.float64)
+    ps = [o.double() for o in (torch.zeros(3), torch.full((3,), .2), torch.full((3,), 5.))]
+    def loss(f):
+        v = w.clone().requires_grad_()
+        y = f(x0*v.view(1, 3, 1, 1)**2, v)  # the weight also feeds the input
+        g, = torch.autograd.grad(y.square().sum(), v, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), v)[0]
+    assert_close(loss(lambda x, v: bn_learned_relu(x, None, None, v, v, *ps, training=True)),
+                 loss(lambda x, v: learned_relu(F.batch_norm(x, None, None, v, v, True), *ps)))
+
+
+def test_the_transforms_of_torch_func():
+    x, w, b, *ps = [o.detach() for o in arguments(dtype=torch.float32)]
+    def f(x): return bn_learned_relu(x, None, None, w, b, *ps, training=True).square().sum()
+    def g(x): return learned_relu(F.batch_norm(x, None, None, w, b, True), *ps).square().sum()
+    assert_close(torch.func.grad(f)(x), torch.func.grad(g)(x))
 
 
 def test_the_form_it_replaces():

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from learned_relu import cpu
-from learned_relu.functional import learned_relu, learned_relu_reference
+from learned_relu.functional import learned_relu, learned_relu_gradients, learned_relu_reference
 from learned_relu.layers import GeneralRelu, LearnedRelu
 
 pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason='needs Linux and a C++ compiler')
@@ -149,6 +149,48 @@ def test_tensors_without_memory(curve):
     assert ps[0].grad.shape == (3,)
 
 
+def test_tensors_of_two_devices_are_refused_by_pytorch():
+    with pytest.raises(RuntimeError): learned_relu(torch.zeros(2, 3), *(torch.zeros(3, device='meta') for _ in range(3)))
+
+
+def test_another_default_device():
+    x, *ps = inputs((2, 3, 4, 4), 1, 3)
+    want = torch.autograd.grad(learned_relu(x, *ps, impl='kernel').sum(), [x, *ps])
+    with torch.device('meta'): got = torch.autograd.grad(learned_relu(x, *ps, impl='kernel').sum(), [x, *ps])
+    for a, b in zip(got, want, strict=True): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_saved_tensors_that_come_back_in_another_layout(dtype):
+    x, *ps = inputs((2, 20, 4, 5), 1, 20, 'some', True, dtype)
+    g = torch.randn(2, 20, 4, 5).to(dtype)
+    want = torch.autograd.grad(learned_relu(x, *ps, impl='kernel'), [x, *ps], g)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t):
+        got = torch.autograd.grad(learned_relu(x, *ps, impl='kernel'), [x, *ps], g)
+    for a, b in zip(got, want, strict=True): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('impl', ['kernel', 'eager'])
+def test_many_gradients_at_once(impl):
+    x, *ps = inputs((2, 3, 4, 4), 1, 3)
+    y, gs = learned_relu(x, *ps, impl=impl), torch.randn(5, 2, 3, 4, 4, dtype=torch.float64)
+    got = torch.autograd.grad(y, [x, *ps], gs, is_grads_batched=True, retain_graph=True)
+    for i, g in enumerate(gs):
+        for a, b in zip(got, torch.autograd.grad(y, [x, *ps], g, retain_graph=True), strict=True): assert_close(a[i], b)
+
+
+def test_gradients_of_another_dtype_or_shape():
+    x, *ps = [o.detach() for o in inputs((2, 3, 4, 4), 1, 3, dtype=torch.float32)]
+    g = torch.randn(2, 3, 4, 4)
+    for a, b in zip(learned_relu_gradients(g.double(), x, *ps), learned_relu_gradients(g, x, *ps), strict=True): assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r'g has shape \(3,\), but x \(10, 3\)'): learned_relu_gradients(g[0, :, 0, 0], torch.zeros(10, 3), *ps)
+
+
+def test_one_value_for_a_whole_input_in_any_order():
+    x, *ps = inputs((2, 3, 4, 5), 1, 1, last=True)
+    assert torch.equal(learned_relu(x, *ps, channel_dim=-1, impl='kernel'), learned_relu_reference(x, *ps, channel_dim=-1))
+
+
 @pytest.fixture
 def fresh():
     "No kernels loaded, before and after"
@@ -193,6 +235,23 @@ def test_compiled_once_by_many_at_a_time(fresh, monkeypatch, tmp_path):
     cpu.compiled(compiler)
     assert next(iter(paths)).stat().st_mtime_ns == made
     with warnings.catch_warnings(): warnings.simplefilter('error'); runs_anyway()
+
+
+def test_a_compiler_with_arguments_and_a_library_of_another(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); monkeypatch.setenv('CXX', f'{os.environ.get("CXX", "g++")} -g0')
+    with warnings.catch_warnings(): warnings.simplefilter('error'); runs_anyway()
+    assert (tmp_path/'learned_relu').stat().st_mode & 0o077 == 0
+    cpu.kernels.cache_clear()
+    monkeypatch.setattr(os, 'getuid', lambda: -1)
+    with pytest.warns(UserWarning, match='belongs to another user'): runs_anyway()
+
+
+def test_without_the_openmp_of_pytorch_it_runs_on_one_thread(fresh, monkeypatch):
+    def compiled(compiler, openmp, real=cpu.compiled):
+        if openmp: raise OSError('undefined symbol: GOMP_parallel')
+        return real(compiler, openmp)
+    monkeypatch.setattr(cpu, 'compiled', compiled)
+    with pytest.warns(UserWarning, match='run on one thread, since .* undefined symbol: GOMP_parallel'): runs_anyway()
 
 
 def test_without_openmp(fresh, monkeypatch, tmp_path):

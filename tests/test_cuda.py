@@ -12,7 +12,8 @@ pytest.importorskip('triton', reason='Triton comes with PyTorch on Linux')
 
 def run_cases(**env):
     cases = Path(__file__).with_name('cuda_cases.py')
-    res = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', cases], env=dict(os.environ, **env), capture_output=True, text=True)
+    command = [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', cases]
+    res = subprocess.run(command, env=dict(os.environ, **env), capture_output=True, text=True)
     assert res.returncode == 0 and ' passed' in res.stdout and 'skipped' not in res.stdout, res.stdout[-3000:] + res.stderr[-2000:]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from learned_relu.functional import learned_relu, learned_relu_reference
@@ -171,6 +171,13 @@ def test_the_transforms_of_torch_func(transform):
     x, ps = torch.randn(2, 3, 4, 4), [p.detach() for p in params(3, torch.float32)]
     got, want = (transform(lambda x, f=f: f(x, *ps).sum())(x) for f in (learned_relu, learned_relu_reference))
     assert_close(got, want)
+
+
+def test_forward_mode():
+    x, ps = torch.randn(2, 3), [p.detach() for p in params(3, torch.float32)]
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(learned_relu(forward_ad.make_dual(x, torch.ones_like(x)), *ps)).tangent
+    assert_close(got, torch.autograd.functional.jvp(lambda x: learned_relu_reference(x, *ps), x, torch.ones_like(x))[1])
 
 
 def test_traced_and_exported_as_the_readable_form():

@@ -8,7 +8,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.speed.html.md"""
 __all__ = ['time_ratios', 'saved_bytes', 'Circulating', 'EagerLearnedRelu', 'contestants', 'in_batchnorm', 'operation_cost',
            'step_models', 'step_cost', 'gradient_cost', 'first_call']
 
-# %% ../../nbs/api/36_bench.speed.ipynb #62c7e98f
+# %% ../../nbs/api/36_bench.speed.ipynb #d6c52649
 import subprocess
 import sys
 import time
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..batchnorm import fuse_batchnorms
+from ..batchnorm import fuse_bn
 from ..callback.penalty import act_grad_penalty
 from ..functional import learned_relu
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
@@ -58,7 +58,7 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): y = model(x)
     return sum(v for k,v in saved.items() if k not in own)
 
-# %% ../../nbs/api/36_bench.speed.ipynb #c2044198
+# %% ../../nbs/api/36_bench.speed.ipynb #d27a87db
 class Circulating(LearnedRelu):
     "The curve in the form in circulation, composed from tensor operations; to compare with."
     def curve(self, x, values, channel_dim):
@@ -86,7 +86,7 @@ def in_batchnorm(
     "BatchNorm with an activation after it, and as one layer."
     n = channels
     fused = nn.Sequential(nn.BatchNorm2d(n), LearnedRelu(n))
-    fuse_batchnorms(fused, torch.zeros(1, n, 2, 2))
+    fuse_bn(*fused)
     return {'BatchNorm, relu in place': nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(inplace=True)),
             'BatchNorm, LearnedRelu': nn.Sequential(nn.BatchNorm2d(n), LearnedRelu(n)), 'BnLearnedRelu': fused}
 
@@ -101,7 +101,7 @@ def operation_cost(
     "Forward and backward pass of each layer, as a ratio to the first."
     x = torch.randn(shape, device=device).to(dtype=dtype, memory_format=memory_format).requires_grad_()
     g = torch.randn_like(x)
-    for o in layers.values(): o.to(device)
+    for o in layers.values(): o.to(device, dtype if isinstance(o, nn.PReLU) else None) # which takes only its own dtype
     def both(layer): return lambda: torch.autograd.grad(layer(x), [x, *layer.parameters()], g)
     df = time_ratios({k: both(o) for k,o in layers.items()}, next(iter(layers)), rounds)
     return df.assign(saved=[saved_bytes(o, x)/x.nbytes for o in layers.values()])
