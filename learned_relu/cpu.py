@@ -1,4 +1,4 @@
-"""The curve and its gradients as C++, compiled once, each reading and writing memory once.
+"""Kernels compiled once, and what they keep for the backward pass.
 
 Docs: https://learned-relu.github.io/learned_relu/api/cpu.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/cpu.html.md"""
 __all__ = ['SHORT', 'cache_dir', 'compiled', 'kernels', 'in_memory', 'supported', 'needs_input', 'kept_columns', 'kept_input',
            'with_kept', 'forward', 'backward', 'positive']
 
-# %% ../nbs/api/00_cpu.ipynb #b5001e5c
+# %% ../nbs/api/00_cpu.ipynb #25214c2b
 import ctypes
 import functools
 import hashlib
@@ -25,255 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .cpp import source
 from .layout import Layout, in_memory_order, layout_of
 
-# %% ../nbs/api/00_cpu.ipynb #64894ac0
-_lanes = r'''
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
-#define INLINE inline __attribute__((always_inline))
-
-using I = int64_t;
-constexpr I W = 8; // lanes
-template<class T> struct lanes { typedef T type __attribute__((vector_size(W*sizeof(T)))); };
-template<class T> using V = typename lanes<T>::type;
-template<class T> using Mask = decltype(V<T>{} > V<T>{});
-
-struct bfloat16 { uint16_t bits; };
-template<class S> struct computed { using type = S; };
-template<> struct computed<bfloat16> { using type = float; };
-template<class S> using C = typename computed<S>::type; // S is stored, C<S> is computed with
-
-INLINE V<float> widen(V<uint16_t> h) {
-  V<uint32_t> w = __builtin_convertvector(h, V<uint32_t>) << 16;
-  V<float> v; memcpy(&v, &w, sizeof v); return v;
-}
-INLINE V<uint16_t> narrow(V<float> v) { // to the nearest, ties to even
-  V<uint32_t> w; memcpy(&w, &v, sizeof w);
-  w = v == v ? (w + 0x7fff + ((w >> 16) & 1)) >> 16 : V<uint32_t>{} + 0x7fc0;
-  return __builtin_convertvector(w, V<uint16_t>);
-}
-template<class S> INLINE V<C<S>> load(const S* p, I n) {
-  V<S> v{};
-  if (n == W) memcpy(&v, p, sizeof v); else for (I i = 0; i < n; i++) v[i] = p[i];
-  return v;
-}
-template<class S> INLINE void store(S* p, V<C<S>> v, I n) {
-  if (n == W) memcpy(p, &v, sizeof v); else for (I i = 0; i < n; i++) p[i] = v[i];
-}
-template<> INLINE V<float> load(const bfloat16* p, I n) { return widen(load((const uint16_t*)p, n)); }
-template<> INLINE void store(bfloat16* p, V<float> v, I n) { store((uint16_t*)p, narrow(v), n); }
-template<class S> INLINE V<C<S>> rounded(V<C<S>> v) { return v; }
-template<> INLINE V<float> rounded<bfloat16>(V<float> v) { return widen(narrow(v)); }
-
-template<class T> INLINE V<T> all(T v) { return V<T>{} + v; }
-template<class T> INLINE T total(V<T> v) { T s = 0; for (I i = 0; i < W; i++) s += v[i]; return s; }
-template<class T> INLINE uint8_t pack(Mask<T> m) {
-#ifdef __AVX__
-  if constexpr (sizeof(T) == 4) { __m256 f; memcpy(&f, &m, sizeof f); return _mm256_movemask_ps(f); }
-#endif
-  unsigned b = 0;
-  for (I i = 0; i < W; i++) b |= unsigned(m[i] & 1) << i;
-  return b;
-}
-template<class T> INLINE Mask<T> unpack(uint8_t b) { return (Mask<T>{1, 2, 4, 8, 16, 32, 64, 128} & b) != 0; }
-'''
-
-# %% ../nbs/api/00_cpu.ipynb #424ad251
-_curve = r'''
-template<class T> struct Curve {
-  V<T> leak, sub, maxv, floor;
-  Curve(V<T> leak, V<T> sub, V<T> maxv) : leak(leak), sub(sub), maxv(maxv) {
-    using limits = std::numeric_limits<T>;
-    floor = leak == 0 ? all(limits::lowest()) : all(-limits::infinity()); // 0 * -inf is to be 0
-  }
-  V<T> negative(V<T> x) const { return x < floor ? floor : x; }
-  V<T> shifted(V<T> x) const { return (x > 0 ? x : leak*negative(x)) - sub; }
-};
-template<class T> struct Sums {
-  V<T> leak{}, sub{}, maxv{};
-  INLINE void add(const Sums& o) { leak += o.leak; sub += o.sub; maxv += o.maxv; }
-};
-
-template<class T> INLINE V<T> from_input(const Curve<T>& c, V<T> x, V<T> z, V<T> g, Sums<T>& s) {
-  V<T> none{}, passed = z >= c.maxv ? none : g;
-  s.leak += x > 0 ? none : passed*c.negative(x);
-  s.sub -= passed;
-  s.maxv += z >= c.maxv ? g : none;
-  return x > 0 ? passed : passed*c.leak;
-}
-template<class T> INLINE V<T> from_output(const Curve<T>& c, V<T> y, Mask<T> positive, V<T> g, Sums<T>& s) {
-  V<T> none{}, passed = y >= c.maxv ? none : g;
-  s.leak += positive ? none : passed*(y + c.sub); // divided by leak at the end
-  s.sub -= passed;
-  s.maxv += y >= c.maxv ? g : none;
-  return positive ? passed : passed*c.leak;
-}
-
-INLINE I least(I a, I b) { return a < b ? a : b; }
-// strips: `count` groups of `k` lanes, `step` elements apart
-template<class S> INLINE uint8_t forward_group(const S* x, S* y, I k, const Curve<C<S>>& c) {
-  V<C<S>> v = load(x, k), z = rounded<S>(c.shifted(v));
-  store(y, z >= c.maxv ? c.maxv : z, k);
-  return pack<C<S>>(v > 0);
-}
-template<class S> INLINE void forward_strip(const S* x, S* y, uint8_t* signs, I count, I step, I sstep, I k, const Curve<C<S>>& c) {
-  I i = 0;
-  if (sstep == 1) for (; i + 4 <= count; i += 4) { // four bytes in one store
-    uint32_t four = 0;
-    for (I j = 0; j < 4; j++) four |= uint32_t(forward_group(x + (i + j)*step, y + (i + j)*step, k, c)) << 8*j;
-    memcpy(signs + i, &four, 4);
-  }
-  for (; i < count; i++) {
-    uint8_t one = forward_group(x + i*step, y + i*step, k, c);
-    if (sstep) signs[i*sstep] = one;
-  }
-}
-// two sums side by side, since one alone would wait for itself; sums of few terms are added to sums of sums, which rounds less
-template<class T, class F> INLINE void summed(I count, Sums<T>& sums, F step) {
-  constexpr I SHORT = 128;
-  if (count <= 4) { for (I i = 0; i < count; i++) step(i, sums); return; }
-  for (I i = 0; i < count; ) {
-    Sums<T> even, odd;
-    I end = least(count, i + SHORT);
-    for (; i + 2 <= end; i += 2) { step(i, even); step(i + 1, odd); }
-    if (i < end) step(i++, even);
-    even.add(odd); sums.add(even);
-  }
-}
-template<class S> INLINE void output_strip(const S* g, const S* y, const uint8_t* signs, S* dx, I count, I step, I sstep, I k,
-                                           const Curve<C<S>>& c, Sums<C<S>>& sums) {
-  summed(count, sums, [=, &c](I i, Sums<C<S>>& s) __attribute__((always_inline)) {
-    store(dx + i*step, from_output(c, load(y + i*step, k), unpack<C<S>>(signs[i*sstep]), load(g + i*step, k), s), k);
-  });
-}
-template<class S> INLINE void input_strip(const S* g, const S* x, S* dx, I count, I step, I xstep, I k,
-                                          const Curve<C<S>>& c, Sums<C<S>>& sums) {
-  summed(count, sums, [=, &c](I i, Sums<C<S>>& s) __attribute__((always_inline)) {
-    V<C<S>> v = load(x + i*xstep, k);
-    store(dx + i*step, from_input(c, v, rounded<S>(c.shifted(v)), load(g + i*step, k), s), k);
-  });
-}
-'''
-
-# %% ../nbs/api/00_cpu.ipynb #656cf5bf
-_loops = r'''
-constexpr I TILE = 4, GRAIN = 32768; // rows of columns done together; elements below which one thread does it all
-template<class S> struct Params { const C<S> *leak, *sub, *maxv; }; // one value per channel of each
-INLINE I place(const I* slot, I i, const void* y, I channel) { return slot ? slot[i] : y ? -1 : channel; }
-
-template<class S> void forward_rows(const S* x, S* y, uint8_t* signs, Params<S> p, I numel, I channels, I inner) {
-  I rows = (numel + inner - 1)/inner, bytes = signs ? (inner + 7)/8 : 0;
-  #pragma omp parallel for if (numel > GRAIN)
-  for (I r = 0; r < rows; r++) {
-    I ch = r%channels, at = r*inner, n = least(inner, numel - at), full = n/W;
-    Curve<C<S>> c(all(p.leak[ch]), all(p.sub[ch]), all(p.maxv[ch]));
-    uint8_t* s = signs + r*bytes;
-    if (signs) forward_strip(x + at, y + at, s, full, W, 1, W, c);
-    else forward_strip(x + at, y + at, s, full, W, 0, W, c);
-    if (I k = n%W) forward_strip(x + at + full*W, y + at + full*W, s + (signs ? full : 0), 1, W, signs ? 1 : 0, k, c);
-  }
-}
-template<class S> void backward_rows(const S* g, const S* y, const uint8_t* signs, const S* x, const I* slot, I kept, S* dx, C<S>* sums,
-                                     Params<S> p, I numel, I channels, I inner, I block) {
-  I rows = (numel + inner - 1)/inner, outer = (rows + channels - 1)/channels, bytes = (inner + 7)/8, tasks = (outer + block - 1)/block*channels;
-  #pragma omp parallel for if (numel > GRAIN)
-  for (I t = 0; t < tasks; t++) {
-    I ch = t%channels, begin = t/channels*block;
-    Curve<C<S>> c(all(p.leak[ch]), all(p.sub[ch]), all(p.maxv[ch]));
-    Sums<C<S>> s;
-    for (I o = begin; o < least(outer, begin + block); o++) {
-      I r = o*channels + ch, at = r*inner, n = least(inner, numel - at), full = n/W, tail = at + full*W, k = n%W;
-      I at_kept = place(slot, ch, y, ch);
-      if (at_kept < 0) {
-        const uint8_t* b = signs + r*bytes;
-        output_strip(g + at, y + at, b, dx + at, full, W, 1, W, c, s);
-        if (k) output_strip(g + tail, y + tail, b + full, dx + tail, 1, W, 1, k, c, s);
-      } else {
-        const S* from = x + (o*kept + at_kept)*inner;
-        input_strip(g + at, from, dx + at, full, W, W, W, c, s);
-        if (k) input_strip(g + tail, from + full*W, dx + tail, 1, W, W, k, c, s);
-      }
-    }
-    C<S>* q = sums + t/channels*3*channels + ch;
-    q[0] = total<C<S>>(s.leak)/(place(slot, ch, y, ch) < 0 ? p.leak[ch] : 1); q[channels] = total<C<S>>(s.sub); q[2*channels] = total<C<S>>(s.maxv);
-  }
-}
-
-template<class S> INLINE void forward_across(const S* x, S* y, uint8_t* signs, Params<S> p, I rows, I channels, I ch, I bytes, I k) {
-  Curve<C<S>> c(load(p.leak + ch, k), load(p.sub + ch, k), load(p.maxv + ch, k));
-  if (signs) forward_strip(x + ch, y + ch, signs + ch/W, rows, channels, bytes, k, c);
-  else forward_strip(x + ch, y + ch, signs, rows, channels, 0, k, c);
-}
-template<class S> void forward_columns(const S* x, S* y, uint8_t* signs, Params<S> p, I outer, I channels) {
-  I bytes = signs ? (channels + 7)/8 : 0;
-  #pragma omp parallel for if (outer*channels > GRAIN)
-  for (I o = 0; o < outer; o += TILE) {
-    I rows = least(TILE, outer - o), ch = 0;
-    for (; ch + W <= channels; ch += W) forward_across(x + o*channels, y + o*channels, signs + o*bytes, p, rows, channels, ch, bytes, W);
-    if (ch < channels) forward_across(x + o*channels, y + o*channels, signs + o*bytes, p, rows, channels, ch, bytes, channels - ch);
-  }
-}
-template<class S> INLINE void backward_across(const S* g, const S* y, const uint8_t* signs, const S* x, I slot, I kept, S* dx, C<S>* sums,
-                                             Params<S> p, I rows, I channels, I ch, I bytes, I k) {
-  Curve<C<S>> c(load(p.leak + ch, k), load(p.sub + ch, k), load(p.maxv + ch, k));
-  Sums<C<S>> s{load(sums + ch, k), load(sums + channels + ch, k), load(sums + 2*channels + ch, k)};
-  if (slot < 0) output_strip(g + ch, y + ch, signs + ch/W, dx + ch, rows, channels, bytes, k, c, s);
-  else input_strip(g + ch, x + slot, dx + ch, rows, channels, kept, k, c, s);
-  store(sums + ch, s.leak, k); store(sums + channels + ch, s.sub, k); store(sums + 2*channels + ch, s.maxv, k);
-}
-template<class S> void backward_columns(const S* g, const S* y, const uint8_t* signs, const S* x, const I* slot, I kept, S* dx, C<S>* sums,
-                                        Params<S> p, I outer, I channels, I block) {
-  constexpr I WIDE = 2048; // channels of one task
-  I bytes = (channels + 7)/8, across = (channels + WIDE - 1)/WIDE, tasks = (outer + block - 1)/block*across;
-  #pragma omp parallel for if (outer*channels > GRAIN)
-  for (I t = 0; t < tasks; t++) {
-    I begin = t/across*block, end = least(outer, begin + block), left = t%across*WIDE, right = least(channels, left + WIDE);
-    C<S>* q = sums + t/across*3*channels;
-    for (I j = 0; j < 3; j++) memset(q + j*channels + left, 0, (right - left)*sizeof(C<S>));
-    for (I o = begin; o < end; o += TILE) {
-      I rows = least(TILE, end - o), at = o*channels, ch = left;
-      for (; ch + W <= right; ch += W)
-        backward_across(g + at, y + at, signs + o*bytes, x + o*kept, place(slot, ch/W, y, ch), kept, dx + at, q, p, rows, channels,
-                       ch, bytes, W);
-      if (ch < right)
-        backward_across(g + at, y + at, signs + o*bytes, x + o*kept, place(slot, ch/W, y, ch), kept, dx + at, q, p, rows, channels,
-                       ch, bytes, right - ch);
-    }
-    for (I ch = left; ch < right; ch++) if (place(slot, ch/W, y, ch) < 0) q[ch] /= p.leak[ch];
-  }
-}
-
-template<class T> I lost(const T* leak, const T* sub, I channels, T eps, bool* which) {
-  I n = 0;
-  for (I c = 0; c < channels; c++) {
-    T least = (sub[c] < 0 ? -sub[c] : sub[c])*eps*1024;
-    n += which[c] = !(leak[c] >= 1./1024 && leak[c] >= least);
-  }
-  return n;
-}
-
-#define EXPORT(S) \
-extern "C" I lost_##S(const C<S>* leak, const C<S>* sub, I channels, double eps, bool* which) { return lost<C<S>>(leak, sub, channels, eps, which); } \
-extern "C" void forward_##S(const S* x, S* y, uint8_t* signs, const C<S>* leak, const C<S>* sub, const C<S>* maxv, I numel, I channels, I inner) { \
-  Params<S> p{leak, sub, maxv}; \
-  if (inner > 1) forward_rows(x, y, signs, p, numel, channels, inner); \
-  else forward_columns(x, y, signs, p, numel/channels, channels); } \
-extern "C" void backward_##S(const S* g, const S* y, const uint8_t* signs, const S* x, const I* slot, I kept, S* dx, C<S>* sums, \
-                             const C<S>* leak, const C<S>* sub, const C<S>* maxv, I numel, I channels, I inner, I block) { \
-  Params<S> p{leak, sub, maxv}; \
-  if (inner > 1) backward_rows(g, y, signs, x, slot, kept, dx, sums, p, numel, channels, inner, block); \
-  else backward_columns(g, y, signs, x, slot, kept, dx, sums, p, numel/channels, channels, block); }
-EXPORT(float)
-EXPORT(double)
-EXPORT(bfloat16)
-'''
-
-# %% ../nbs/api/00_cpu.ipynb #0df4bf30
+# %% ../nbs/api/00_cpu.ipynb #41e93c58
 _names = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bfloat16'}
 
 def _flags():
@@ -289,7 +44,7 @@ def compiled(
     openmp:bool=True, # use PyTorch's threads
 ) -> Path: # shared library
     "The library of the kernels, compiled unless there already; raises `OSError` or `subprocess.SubprocessError` where that fails."
-    source,flags = _lanes + _curve + _loops,_flags() + ['-fopenmp']*openmp
+    flags = _flags() + ['-fopenmp']*openmp
     key = hashlib.sha256('\n'.join([source, *flags, compiler, platform.machine()]).encode()).hexdigest()[:16]
     path = cache_dir()/f'curve-{key}.so'
     if path.exists():
