@@ -42,13 +42,13 @@ def test_gradients_are_those_of_finite_differences(shape, last):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_corners(dtype):
     inf, nan = torch.inf, torch.nan
-    x = torch.tensor([[-inf, inf, nan, -2., 3.]], device=DEVICE, dtype=dtype).requires_grad_()
-    for leak, want in (0., [-1., 2., nan, -1., 2.]), (.5, [-inf, 2., nan, -2., 2.]):
+    x = torch.tensor([[-inf, inf, nan, -2., 3., 0.]], device=DEVICE, dtype=dtype).requires_grad_()
+    for leak, want in (0., [-1., 2., nan, -1., 2., -1.]), (.5, [-inf, 2., nan, -2., 2., -1.]):
         ps = [torch.tensor(o, device=DEVICE).requires_grad_() for o in (leak, 1., 2.)]
         y = learned_relu(x, *ps, impl='kernel')
         assert_close(y, torch.tensor([want], device=DEVICE, dtype=dtype), equal_nan=True)
         dx, dmaxv = torch.autograd.grad(y.sum(), [x, ps[2]])
-        assert torch.equal(dx.cpu(), torch.tensor([[leak, 0., leak, leak, 0.]], dtype=dtype)) and dmaxv.item() == 2
+        assert torch.equal(dx.cpu(), torch.tensor([[leak, 0., leak, leak, 0., leak]], dtype=dtype)) and dmaxv.item() == 2
 
 
 def test_only_the_input_is_kept_and_a_gradient_may_lie_otherwise():
