@@ -17,14 +17,14 @@ from .functional import learned_relu, learned_relu_gradients, transformed
 from .layers import LearnedRelu
 from .trace import dummy_input, fed_by, places_of
 
-# %% ../nbs/api/03_batchnorm.ipynb #75558339
+# %% ../nbs/api/03_batchnorm.ipynb #45a35c50
 class _BnLearnedRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, leak, sub, maxv, running_mean, running_var, training, momentum, eps):
         h,mean,invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
         running = (None, None) if training else (running_mean, running_var)
         ctx.save_for_backward(x, weight, bias, leak, sub, maxv, *running, mean, invstd)
-        ctx.training,ctx.eps = training,eps
+        ctx.training,ctx.eps,ctx.tracked = training,eps,running_mean is not None
         return learned_relu(h, leak, sub, maxv)
 
     @staticmethod
@@ -35,7 +35,8 @@ class _BnLearnedRelu(torch.autograd.Function):
             y = learned_relu(F.batch_norm(own[0], running_mean, running_var, *own[1:3], ctx.training, 0., ctx.eps), *own[3:])
             grads = iter(torch.autograd.grad(y, [o for o,n in zip(own, ctx.needs_input_grad) if n], g, create_graph=True))
             return *(next(grads) if n else None for n in ctx.needs_input_grad[:6]), *[None]*5
-        h = torch.native_batch_norm(x, weight, bias, running_mean, running_var, ctx.training, 0., ctx.eps)[0]
+        running = (torch.zeros_like(mean), torch.ones_like(mean)) if ctx.training and ctx.tracked else (running_mean, running_var) # their dtype decides the rounding
+        h = torch.native_batch_norm(x, weight, bias, *running, ctx.training, 0., ctx.eps)[0]
         dh,*dparams = learned_relu_gradients(g, h, *params)
         del h
         wanted = [n and o is not None for n,o in zip(ctx.needs_input_grad, (x, weight, bias))]

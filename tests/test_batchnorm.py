@@ -81,6 +81,20 @@ def test_every_kind_of_batchnorm(kwargs):
     assert_close(one.eval()(x), two.eval()(x))
 
 
+@pytest.mark.parametrize('track', [True, False])
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_value_is_computed_again(monkeypatch, dtype, affine, track):
+    import learned_relu.batchnorm as module
+    seen, real = [], torch.native_batch_norm
+    monkeypatch.setattr(module.torch, 'native_batch_norm', lambda *args: seen.append(real(*args)) or seen[-1])
+    m = nn.Sequential(nn.BatchNorm2d(4, affine=affine, track_running_stats=track), LearnedRelu(4))
+    fuse_bn(*m)
+    torch.manual_seed(0)
+    m((torch.randn(8, 4, 6, 6)*3 + 1).to(dtype).requires_grad_()).float().sum().backward()
+    assert len(seen) == 2 and torch.equal(seen[0][0], seen[1][0])
+
+
 def test_a_frozen_batchnorm_in_a_training_model():
     one = nn.Sequential(nn.BatchNorm2d(4), LearnedRelu(4))
     one[0].running_mean += 1
