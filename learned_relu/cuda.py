@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .layout import Layout, layout_of
 
-# %% ../nbs/api/00_cuda.ipynb #ca20f782
+# %% ../nbs/api/00_cuda.ipynb #619377f5
 @triton.jit
 def _shifted(x, leak, sub, LOWEST: tl.constexpr):
     floor = tl.where(leak == 0, LOWEST, float('-inf'))
@@ -39,11 +39,14 @@ def _forward(x_ptr, y_ptr, leak_ptr, sub_ptr, maxv_ptr, numel, channels, inner, 
     tl.store(y_ptr + at, tl.where(z >= maxv, maxv, z).to(y_ptr.dtype.element_ty), mask=inside)
 
 @triton.jit
-def _gradients(g, x, leak, sub, maxv, LOWEST: tl.constexpr, DTYPE: tl.constexpr):
+def _gradients(g_ptr, x_ptr, dx_ptr, at, inside, leak, sub, maxv, LOWEST: tl.constexpr):
+    x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
+    g = tl.load(g_ptr + at, mask=inside, other=0.).to(leak.dtype)
     z,negative = _shifted(x, leak, sub, LOWEST)
-    clipped = z.to(DTYPE).to(x.dtype) >= maxv
+    clipped = z.to(x_ptr.dtype.element_ty).to(x.dtype) >= maxv
     passed = tl.where(clipped, 0., g)
-    return tl.where(x > 0, passed, passed*leak), passed*negative, passed, tl.where(clipped, g, 0.)
+    tl.store(dx_ptr + at, tl.where(x > 0, passed, passed*leak).to(dx_ptr.dtype.element_ty), mask=inside)
+    return passed*negative, passed, tl.where(clipped, g, 0.)
 
 @triton.jit
 def _backward_rows(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_ptr, n, channels, inner, per, LOWEST: tl.constexpr, BIG: tl.constexpr, BLOCK: tl.constexpr):
@@ -56,10 +59,7 @@ def _backward_rows(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_ptr, 
         k = start + i + tl.arange(0, BLOCK)
         inside = k < n
         at = (k // inner*channels + c)*inner + k % inner
-        x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
-        g = tl.load(g_ptr + at, mask=inside, other=0.).to(leak.dtype)
-        dx,l,s,m = _gradients(g, x, leak, sub, maxv, LOWEST, x_ptr.dtype.element_ty)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        l,s,m = _gradients(g_ptr, x_ptr, dx_ptr, at, inside, leak, sub, maxv, LOWEST)
         dleak += l; dsub += s; dmaxv += m
     out = sums_ptr + chunk*3*channels + c
     tl.store(out, tl.sum(dleak, 0)); tl.store(out + channels, -tl.sum(dsub, 0)); tl.store(out + 2*channels, tl.sum(dmaxv, 0))
@@ -78,10 +78,7 @@ def _backward_columns(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_pt
         o = start + i + tl.arange(0, ROWS)
         inside = (o < outer)[:, None] & real[None, :]
         at = o[:, None]*channels + c[None, :]
-        x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
-        g = tl.load(g_ptr + at, mask=inside, other=0.).to(leak.dtype)
-        dx,l,s,m = _gradients(g, x, leak, sub, maxv, LOWEST, x_ptr.dtype.element_ty)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        l,s,m = _gradients(g_ptr, x_ptr, dx_ptr, at, inside, leak, sub, maxv, LOWEST)
         dleak += l; dsub += s; dmaxv += m
     out = sums_ptr + chunk*3*channels + c
     tl.store(out, tl.sum(dleak, 0), mask=real); tl.store(out + channels, -tl.sum(dsub, 0), mask=real); tl.store(out + 2*channels, tl.sum(dmaxv, 0), mask=real)

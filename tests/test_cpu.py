@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from learned_relu import cpu
+from learned_relu.bench.speed import saved_bytes
 from learned_relu.functional import learned_relu, learned_relu_gradients, learned_relu_reference
 from learned_relu.layers import GeneralRelu, LearnedRelu
 
@@ -92,30 +93,21 @@ def test_many_threads_and_a_gradient_in_another_layout(last, num):
         for a, b in zip(res[0], other, strict=True): assert torch.equal(a, b), 'the same numbers whatever the number of threads'
 
 
-def kept_bytes(f, *args):
-    "Bytes that a forward pass keeps for its backward pass; what shares memory counts once, parameters do not count"
-    saved = {}
-    def keep(t): saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): res = f(*args)
-    for p in f.parameters(): saved.pop(p.untyped_storage().data_ptr(), None)
-    return sum(saved.values()), res
-
-
 @pytest.mark.parametrize('last', [False, True])
 def test_as_small_as_relu_in_place(last):
     def net(act): return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), act, nn.Conv2d(32, 32, 3))
     x = torch.randn(4, 3, 34, 34).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    relu, learned, fixed = (kept_bytes(net(o).to(memory_format=torch.channels_last if last else torch.contiguous_format), x)[0]
+    relu, learned, fixed = (saved_bytes(net(o).to(memory_format=torch.channels_last if last else torch.contiguous_format), x)
                             for o in (nn.ReLU(inplace=True), LearnedRelu(32), GeneralRelu()))
     assert learned <= 1.05*relu and fixed <= 1.05*relu
     some = LearnedRelu(32, leak=(torch.arange(32) >= 8)*.05)
-    assert kept_bytes(net(some), x)[0] - learned < 1.1*4*4*32*32*32/4, 'a quarter of the channels has a slope of 0'
+    assert saved_bytes(net(some), x) - learned < 1.1*4*4*32*32*32/4, 'a quarter of the channels has a slope of 0'
 
 
 def test_what_is_kept_is_the_output_and_a_bit():
     layer, x = LearnedRelu(4), torch.randn(2, 4, 16, 16, requires_grad=True)
-    n, y = kept_bytes(layer, x)
-    assert n == y.nbytes + y.nbytes//32
+    y = layer(x)
+    assert saved_bytes(layer, x) == y.nbytes + y.nbytes//32
     x.data.zero_()  # the input may be overwritten
     y.sum().backward()
     assert x.grad.unique().numel() == 2
@@ -126,7 +118,7 @@ def test_what_is_kept_is_the_output_and_a_bit():
 
 def test_nothing_is_kept_without_gradients():
     layer, x = LearnedRelu(4).requires_grad_(False), torch.randn(2, 4, 16, 16)
-    assert kept_bytes(layer, x)[0] == 0
+    assert saved_bytes(layer, x) == 0
     with torch.no_grad(): assert not LearnedRelu(4)(x).requires_grad
 
 
