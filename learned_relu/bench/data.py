@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.data.html.md"""
 # %% auto #0
 __all__ = ['urls', 'find_images', 'image_dls', 'mnist_dls']
 
-# %% ../../nbs/api/31_bench.data.ipynb #99744643
+# %% ../../nbs/api/31_bench.data.ipynb #f4b53c98
 import hashlib
 from functools import lru_cache
 from pathlib import Path
@@ -18,22 +18,23 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import GrandparentSplitter, Normalize, get_image_files, parent_label
 from fastai.torch_core import default_device
-from fastai.vision.augment import FlipItem, RandomResizedCrop
+from fastai.vision.augment import FlipItem, RandomErasing, RandomResizedCrop
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
 from torch.utils.data import TensorDataset
 
-# %% ../../nbs/api/31_bench.data.ipynb #50c72a69
-urls = dict(imagenette=(URLs.IMAGENETTE_160, URLs.IMAGENETTE_320), imagewoof=(URLs.IMAGEWOOF_160, URLs.IMAGEWOOF_320))
+# %% ../../nbs/api/31_bench.data.ipynb #074b753f
+urls = dict(imagenette={'160': URLs.IMAGENETTE_160, '320': URLs.IMAGENETTE_320, 'full': URLs.IMAGENETTE},
+            imagewoof={'160': URLs.IMAGEWOOF_160, '320': URLs.IMAGEWOOF_320, 'full': URLs.IMAGEWOOF})
 
 def find_images(
     data:str, # 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/`
-    size:int=128, # side of the images in training, which decides the source: 160 px up to 128, else 320 px
+    source:str='320', # which of its images: '160' or '320' pixels on the shortest side, or 'full'; of no account for a folder
     skip_unreadable:bool=False, # leave out images that cannot be read, instead of raising
 ) -> tuple: # folder, files in it, fingerprint of their names and sizes
     "The images of a data set; `ValueError` names a missing folder, a single class, or unreadable images."
-    path = untar_data(urls[data][size > 128]) if data in urls else Path(data)
+    path = untar_data(urls[data][source]) if data in urls else Path(data)
     for o in ('train', 'val'):
         if not (path/o).is_dir(): raise ValueError(f'data is {data!r}, which has no folder {o}/: pass mnist, {", ".join(urls)}, '
                                                    'or the path of a folder with train/ and val/')
@@ -49,18 +50,19 @@ def find_images(
     listing = '\n'.join(f'{o.relative_to(path).as_posix()} {o.stat().st_size}' for o in files)
     return path, files, hashlib.sha256(listing.encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/31_bench.data.ipynb #e343162d
+# %% ../../nbs/api/31_bench.data.ipynb #574bd3ea
 def image_dls(
     path:Path, # folder with `train/` and `val/`
     files:list, # images in it
     size:int, # side of the square images, in pixels
     bs:int, # batch size
     num_workers:int=2, # processes that load images
+    sh:float=0., # largest share of an image that random erasing takes, in [0, 1); 0 for none
 ) -> DataLoaders:
     "Data loaders of a folder of images; seed Python and torch before, and batches and augmentations repeat."
     block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label,
                       splitter=GrandparentSplitter(valid_name='val'), item_tfms=[RandomResizedCrop(size, min_scale=.35), FlipItem(.5)],
-                      batch_tfms=Normalize.from_stats(*imagenet_stats))
+                      batch_tfms=[Normalize.from_stats(*imagenet_stats), *([RandomErasing(p=.3, max_count=3, sh=sh)] if sh else [])])
     return block.dataloaders(path, bs=bs, num_workers=num_workers)
 
 @lru_cache(1) # text of 3 seconds to read

@@ -16,7 +16,7 @@ from ..act_layer import ActLayer, check_bounds
 from .core import ActCallback, act_order
 from ..params import act_params
 
-# %% ../../nbs/api/21_callback.clamp.ipynb #328baec6
+# %% ../../nbs/api/21_callback.clamp.ipynb #1d2abb51
 class ClampActParams(ActCallback):
     "Keep activation parameters in bounds and finite; count what had to be put back."
     order = act_order(3)
@@ -52,6 +52,16 @@ class ClampActParams(ActCallback):
         def spread(i): return torch.cat([torch.full_like(o.param.detach(), self.bounds_of(o.layer, o.kind)[i]) for o in acts])
         self._low,self._high,self._good = spread(0),spread(1),self._flat(o.param for o in acts)
         self._counts = torch.zeros(2, dtype=torch.long, device=self._good.device)
+
+    def state_dict(self): # what a resumed fit needs to go on counting
+        "How often something was put back."
+        return dict(counts=self._counts)
+
+    def load_state_dict(self,
+        state:dict, # as `state_dict` returned it
+    ):
+        "Go on counting; load it once the fit has begun."
+        self._counts.copy_(state['counts'])
 
     def _flat(self, ts): return torch.cat([t.detach().flatten() for t in ts])
     def _back(self, ts, flat): torch._foreach_copy_(ts, list(flat.split([t.numel() for t in ts])))

@@ -33,7 +33,7 @@ def param_stats(
     rms = v.new_tensor(float('nan')) if g is None else g.float().pow(2).mean().sqrt()
     return torch.stack([v.mean(), v.std(correction=0), v.min(), v.max(), rms, (v <= low).float().mean(), (v >= high).float().mean()])
 
-# %% ../../nbs/api/24_callback.telemetry.ipynb #0501e780
+# %% ../../nbs/api/24_callback.telemetry.ipynb #01527599
 class ActTelemetry(ActCallback):
     "Record activation parameters every few steps; `frame`, `plot`, `heatmap` and `plot_curves` show them."
     order = act_order(5) # below `Recorder`, which reads the columns of the table in its `before_fit`
@@ -49,6 +49,16 @@ class ActTelemetry(ActCallback):
     def reset(self):
         "Empty the history."
         self._records,self._flow,self._fit,self._counted = [],{},-1,0
+
+    def state_dict(self): # what a resumed fit needs to go on with this history
+        "The history as tensors and plain values."
+        return dict(records=self._records, fit=self._fit, counted=self._counted)
+
+    def load_state_dict(self,
+        state:dict, # as `state_dict` returned it
+    ):
+        "Go on with a history; load it once the fit has begun."
+        self._records,self._fit,self._counted = list(map(tuple, state['records'])),state['fit'],state['counted']
 
     def columns(self): return {k: partial(self._mean, k) for k in dict.fromkeys(o.kind for o in act_params(self.learn.model))}
     def _mean(self, kind): return torch.cat([o.param.detach().flatten() for o in act_params(self.learn.model) if o.kind == kind]).mean().item()
@@ -88,7 +98,7 @@ class ActTelemetry(ActCallback):
         nan = torch.full((3,), float('nan'))
         rows = [torch.cat([param_stats(o.param, low, high), self._flow.get(o.layer, nan).to(o.param.device)]) for o,low,high in self._acts]
         names = [(o.name, o.kind) for o,*_ in self._acts]
-        self._records.append((self._fit, self.epoch, self._counted, names, torch.stack(rows).cpu().numpy()))
+        self._records.append((self._fit, self.epoch, self._counted, names, torch.stack(rows).cpu()))
         self._flow = {}
 
     def frame(self):
