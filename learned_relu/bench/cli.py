@@ -26,7 +26,7 @@ from .record import in_use, read_record, record_name, records_dir, write_record
 from .report import save_report
 from .run import Source, train_run
 
-# %% ../../nbs/api/35_bench.cli.ipynb #2fb456ab
+# %% ../../nbs/api/35_bench.cli.ipynb #7e263d2d
 def _missing(todo, have, recipe, source, path):
     took = [o['seconds'] for o in have.values()]
     for i,(file,arm,seed) in enumerate(todo, 1):
@@ -40,6 +40,9 @@ def _missing(todo, have, recipe, source, path):
         if not first(): continue
         write_record(record, path)
         checkpoint.unlink(missing_ok=True)
+
+def _remove_empty(path):
+    if path.is_dir() and first() and not any(path.iterdir()): path.rmdir()
 
 def compare(
     arms:list, # names of arms, or import paths
@@ -56,6 +59,7 @@ def compare(
     with in_use(out) if first() else nullcontext():
         have = {f: read_record(f) for f,*_ in todo if f.exists()}
         _missing(todo, have, recipe, source, path)
+        _remove_empty(Path(out)/'checkpoints')
         return save_report([have[f] for f,*_ in todo], out) if first() else ''
 
 # %% ../../nbs/api/35_bench.cli.ipynb #aa2fa8aa

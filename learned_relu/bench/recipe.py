@@ -107,7 +107,7 @@ class Recipe:
         "Cross entropy, with smooth labels or without."
         return LabelSmoothingCrossEntropyFlat(eps=self.smoothing) if self.smoothing else CrossEntropyLossFlat()
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #37e23fef
+# %% ../../nbs/api/30_bench.recipe.ipynb #f2a86d45
 @dataclass(frozen=True)
 class Plan:
     "What a recipe file says: what the arms have in common, the arms, and how many seeds."
@@ -124,7 +124,9 @@ def read_recipe(
     except OSError as e: raise ValueError(f'recipe is {str(file)!r}, which cannot be read ({e.strerror}): pass a TOML file') from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
     base = found.pop('base', None)
-    below = read_recipe(file.parent/base) if base else Plan({})
+    if not isinstance(base, (str, type(None))): raise TypeError(f'{file.name}: base is {base!r}: pass the name of a file beside it')
+    try: below = read_recipe(file.parent/base) if base else Plan({})
+    except RecursionError: raise ValueError(f'{file.name}: base leads back to the file itself') from None
     for k in found:
         if k in keys or k in ('arms', 'seeds'): continue
         near = get_close_matches(k, [*keys, 'arms', 'seeds', 'base'], 1)

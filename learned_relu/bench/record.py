@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from .run import FORMAT
 
-# %% ../../nbs/api/33_bench.record.ipynb #e157a694
+# %% ../../nbs/api/33_bench.record.ipynb #f1bbd825
 def records_dir(
     out:str, # directory of a comparison
 ) -> Path: # its `records/`
@@ -37,7 +37,7 @@ def in_use(
     out:Path, # directory of a comparison
 ):
     "Keep other processes out of `out`; `ValueError` names the one that is in there."
-    file,owner = Path(out)/'lock',Path(out)/'lock.owner'
+    file,owner = Path(out)/'.lock',Path(out)/'.lock.owner'
     lock = FileLock(file)
     try: lock.acquire(timeout=0)
     except Timeout as e:

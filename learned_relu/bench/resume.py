@@ -43,7 +43,7 @@ def set_random_states(
     if states['cuda']: torch.cuda.set_rng_state_all(states['cuda'])
     for dl,s in zip(dls.loaders, states['loaders']): _own(dl).setstate(s)
 
-# %% ../../nbs/api/31_bench.resume.ipynb #e23e446f
+# %% ../../nbs/api/31_bench.resume.ipynb #d913966f
 def _plain(o):
     if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return (tuple if isinstance(o, tuple) else list)(map(_plain, o))
@@ -88,11 +88,20 @@ class EpochCheckpoint(Callback):
     def before_train(self):
         "Give callbacks and random generators their states back, once."
         self._tick = time.perf_counter()
-        if self._rest is None: return
-        for k,cb in self._counting().items(): cb.load_state_dict(self._rest['callbacks'][k])
-        if hasattr(self.learn, 'scaler'): self.learn.scaler.load_state_dict(self._rest['scaler'])
-        set_random_states(self._rest['random'][rank_distrib()], self.dls)
-        self._rest = None
+        self._give_back()
+
+    def after_fit(self):
+        "Give them back also where every epoch was done."
+        self._give_back()
+
+    def _give_back(self):
+        rest,self._rest = self._rest,None
+        if rest is None: return
+        for k,cb in self._counting().items(): cb.load_state_dict(rest['callbacks'][k])
+        if hasattr(self.learn, 'scaler'): self.learn.scaler.load_state_dict(rest['scaler'])
+        smooth = self.recorder.smooth_loss # which runs on from epoch to epoch
+        smooth.count,smooth.val = rest['smooth']
+        set_random_states(rest['random'][rank_distrib()], self.dls)
 
     def after_epoch(self):
         "Log the epoch, unless it was skipped, and write."
@@ -104,8 +113,9 @@ class EpochCheckpoint(Callback):
         if self.file and not rank_distrib(): self._write(states)
 
     def _write(self, states):
+        smooth = self.recorder.smooth_loss
         state = dict(mark=self.mark, model=get_model(self.learn.model).state_dict(), opt=_plain(self.opt.state_dict()), random=states, values=self.values,
-                     seconds=self.seconds, resumed=self.resumed, callbacks={k: cb.state_dict() for k,cb in self._counting().items()},
+                     seconds=self.seconds, resumed=self.resumed, smooth=(smooth.count, smooth.val.as_subclass(torch.Tensor).cpu()), callbacks={k: cb.state_dict() for k,cb in self._counting().items()},
                      scaler=self.learn.scaler.state_dict() if hasattr(self.learn, 'scaler') else {})
         tmp = self.file.with_suffix('.tmp')
         try:

@@ -16,7 +16,7 @@ from ..act_layer import ActLayer, check_bounds
 from .core import ActCallback, act_order
 from ..params import act_params
 
-# %% ../../nbs/api/21_callback.clamp.ipynb #1d2abb51
+# %% ../../nbs/api/21_callback.clamp.ipynb #e077f980
 class ClampActParams(ActCallback):
     "Keep activation parameters in bounds and finite; count what had to be put back."
     order = act_order(3)
@@ -61,7 +61,7 @@ class ClampActParams(ActCallback):
         state:dict, # as `state_dict` returned it
     ):
         "Go on counting; load it once the fit has begun."
-        self._counts.copy_(state['counts'])
+        if state['counts'] is not None: self._counts = state['counts'].to(self._counts.device if self._counts is not None else 'cpu', copy=True)
 
     def _flat(self, ts): return torch.cat([t.detach().flatten() for t in ts])
     def _back(self, ts, flat): torch._foreach_copy_(ts, list(flat.split([t.numel() for t in ts])))

@@ -1,0 +1,91 @@
+"Recipe files: what they may say, and that the boards are what their names say."
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from fastai.losses import LabelSmoothingCrossEntropyFlat
+
+from learned_relu.bench.arms import arm_patch, arms
+from learned_relu.bench.cli import learned_relu_compare, planned
+from learned_relu.bench.recipe import Recipe, read_recipe
+
+RECIPES = Path(__file__).resolve().parents[1]/'benchmarks'/'recipes'
+BOARDS = [(d, s, e) for d in ('imagenette', 'imagewoof') for s in (128, 192, 256) for e in (5, 20, 80, 200)]
+
+
+@pytest.mark.parametrize('file', sorted(RECIPES.glob('*.toml')), ids=lambda o: o.stem)
+def test_every_recipe_can_be_trained(file):
+    plan = read_recipe(file)
+    Recipe(**plan.recipe)
+    for o in plan.arms: arm_patch(o)
+
+
+@pytest.mark.parametrize('data,size,epochs', BOARDS)
+def test_a_board_is_what_its_name_says(data, size, epochs):
+    how, plan = planned(RECIPES/f'{data}-{size}px-{epochs}ep.toml', {})
+    assert (how.data, how.size, how.epochs, how.source) == (data, size, epochs, '') and plan.seeds == 5
+    assert (how.arch, how.opt, how.lr, how.mom, how.sqrmom, how.eps, how.bs, how.wd) == ('xse_resnext50', 'ranger', 8e-3, .95, .99, 1e-6, 64, .01)
+    assert (how.schedule, how.smoothing, how.sa, how.pool) == ('flat_cos', .1, True, 'MaxPool')
+    assert (how.mixup > 0) == (epochs >= 80)
+
+
+def test_the_arms_that_separate_the_causes_are_all_there():
+    plan = read_recipe(RECIPES/'causes.toml')
+    both = [f'{o}{x}' for o in ('learned', 'learned_scalar') for x in ('', '+averages', '+freeze', '+averages+freeze')]
+    assert {'relu', 'leaky', 'general', 'prelu', 'silu', 'mish', 'learned_no_leak', 'learned_no_sub', 'learned_no_maxv', *both} <= set(plan.arms)
+
+
+def test_the_optimizer_and_the_loss_get_what_the_recipe_says():
+    how = Recipe(opt='ranger', mom=.9, sqrmom=.98, eps=1e-4, beta=.5, smoothing=.2)
+    assert how.opt_func().keywords == dict(mom=.9, sqr_mom=.98, eps=1e-4, beta=.5)
+    assert Recipe().opt_func().keywords == {} and Recipe(opt='sgd', mom=0.).opt_func().keywords == dict(mom=0.)
+    loss = how.loss_func()
+    assert isinstance(loss, LabelSmoothingCrossEntropyFlat) and loss.eps == .2
+
+
+def write(path, **texts):
+    for k, v in texts.items(): (path/f'{k}.toml').write_text(v)
+    return path
+
+
+@pytest.mark.parametrize('text,error,words', [
+    ('epoch = 5', ValueError, "x.toml has a key 'epoch', perhaps meant as 'epochs'"), ('zebra = 1', ValueError, "has a key 'zebra': pass some of"),
+    ('epochs = "5"', TypeError, "x.toml: epochs is '5': pass a whole number"), ('epochs = 2.5', TypeError, 'epochs is 2.5'), ('epochs = true', TypeError, 'epochs is True'),
+    ('sa = 1', TypeError, 'sa is 1: pass a true or false'), ('size = 0', ValueError, 'x.toml: size is 0'), ('size = 100000', ValueError, 'size is 100000'),
+    ('lr = inf', ValueError, 'lr is inf'), ('lr = 0', ValueError, 'lr is 0'), ('mom = 1', ValueError, 'mom is 1'), ('smoothing = -0.1', ValueError, 'smoothing is -0.1'),
+    ('mixup = -1', ValueError, 'mixup is -1'), ('source = "128"', ValueError, "source is '128'"), ('arms = "relu"', TypeError, "arms is 'relu'"),
+    ('seeds = 0', ValueError, 'seeds is 0'), ('base = "none.toml"', ValueError, 'cannot be read'), ('base = 3', TypeError, 'base is 3'),
+    ('base = "x.toml"', ValueError, 'leads back'), ('opt = "sgd"\nsqrmom = 0.99', ValueError, 'sqrmom is 0.99, which sgd does not have'),
+    ('beta = 0.5', ValueError, 'which adam does not have'), ('size = ', ValueError, 'x.toml is not TOML'), ('pool = "MaxBlurPool"', ValueError, "pool is 'MaxBlurPool'"),
+    ('schedule = "step"', ValueError, "schedule is 'step'")])
+def test_what_a_recipe_cannot_say_is_named_with_its_file(text, error, words, tmp_path):
+    with pytest.raises(error, match=re.escape(words)): read_recipe(write(tmp_path, x=text)/'x.toml')
+    with pytest.raises(SystemExit, match='^error: '): learned_relu_compare(recipe=tmp_path/'x.toml')
+
+
+def test_a_command_line_goes_before_the_file_and_the_file_before_its_base(tmp_path):
+    write(tmp_path, a='lr = 0.1\nwd = 0.2\nbs = 16\narms = ["mish"]\nseeds = 7', b='base = "a.toml"\nwd = 0.3\nbs = 32')
+    how, plan = planned(tmp_path/'b.toml', dict(bs=64, wd=None, sa=False))
+    assert (how.lr, how.wd, how.bs, how.epochs) == (.1, .3, 64, Recipe.epochs) and (plan.arms, plan.seeds) == (('mish',), 7)
+
+
+def test_every_field_changes_the_digest():
+    other = dict(data='x', source='160', arch='xresnet34', epochs=2, size=29, bs=3, lr=1., schedule='flat_cos', opt='ranger', mom=.5, sqrmom=.5, eps=1e-3, wd=0.,
+                 smoothing=.1, mixup=.1, sh=.1, sa=True, sym=True, pool='MaxPool', fp16=True)
+    digests = {Recipe(**{k: v}).digest('f') for k, v in other.items()} | {Recipe(opt='ranger', beta=1.).digest('f'), Recipe().digest('f')}
+    assert set(other) | {'beta'} == {o.name for o in fields(Recipe)} and len(digests) == len(other) + 2
+
+
+def test_integers_and_floats_of_one_value_are_one_recipe():
+    assert Recipe(lr=1).digest('f') == Recipe(lr=1.).digest('f') != Recipe(lr=2).digest('f')
+
+
+@pytest.mark.parametrize('arm,words', [('relu+averages', 'after an arm that learns'), ('learned+freeze+averages', 'in this order'), ('learned+averages+averages', 'after an arm'),
+                                       ('torch.nn.Linear+freeze', 'after an arm that learns'), ('learned+', 'after an arm'), ('', "arm is ''"), ('torch.nn', "'torch.nn' is no nn.Module class")])
+def test_arms_that_cannot_be(arm, words):
+    with pytest.raises(ValueError, match=re.escape(words)): arm_patch(arm)
+
+
+def test_arm_names_are_documented():
+    assert all(re.fullmatch('[a-z_]+', o) for o in arms)

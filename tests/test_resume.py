@@ -1,0 +1,177 @@
+"A killed run goes on to the same end, and what stands in the way is said before anything is lost."
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from PIL import Image
+
+from learned_relu.bench import cli
+from learned_relu.bench.cli import learned_relu_compare
+from learned_relu.bench.record import in_use, read_record, records_dir, write_record
+from learned_relu.bench.recipe import Recipe
+from learned_relu.bench.resume import EpochCheckpoint
+from learned_relu.bench.run import Source, train_run
+from learned_relu.callback.clamp import ClampActParams
+
+from common import make, quiet
+
+ARM = 'learned+averages+freeze'
+ALL = dict(epochs=4, size=16, bs=8, opt='ranger', mixup=.4, sh=.2, smoothing=.1) # every kind of random draw there is
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    path, rng = tmp_path_factory.mktemp('data')/'noise', np.random.default_rng(0)
+    for part, n in dict(train=12, val=4).items():
+        for c in 'ab':
+            (path/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path/part/c/f'{i}.png')
+    return path
+
+
+def ended(record): return {k: v for k, v in record.items() if k not in ('began', 'seconds', 'seconds_per_epoch', 'epoch_seconds', 'resumed', 'peak_memory')}
+
+
+def killed_after(monkeypatch, epochs):
+    "The next run ends as Ctrl-C ends it, once the checkpoint of `epochs` is written"
+    write = EpochCheckpoint._write
+    def and_stop(self, states):
+        write(self, states)
+        if len(self.values) == epochs: raise KeyboardInterrupt
+    monkeypatch.setattr(EpochCheckpoint, '_write', and_stop)
+
+
+@pytest.mark.parametrize('schedule', ['one_cycle', 'flat_cos'])
+@pytest.mark.parametrize('epochs', [1, 3])
+def test_an_interrupted_run_ends_bit_for_bit_as_if_nothing_had_been(images, tmp_path, monkeypatch, schedule, epochs):
+    recipe, source, file = Recipe(data='noise', schedule=schedule, **ALL), Source(images, 16), tmp_path/'run.pt'
+    whole = train_run(ARM, 0, recipe, source)
+    with monkeypatch.context() as m:
+        killed_after(m, epochs)
+        with pytest.raises(KeyboardInterrupt): train_run(ARM, 0, recipe, source, checkpoint=file)
+    again = train_run(ARM, 0, recipe, source, checkpoint=file)
+    assert again['resumed'] == [epochs] and whole['resumed'] == [] and len(again['epoch_seconds']) == 4
+    assert json.dumps(ended(again)) == json.dumps(ended(whole))
+    assert len(set(whole['telemetry']['step'])) == 12 and all(np.isfinite(whole['train_loss']))
+
+
+def test_interrupted_twice(images, tmp_path, monkeypatch):
+    recipe, source, file = Recipe(data='noise', **ALL), Source(images, 16), tmp_path/'run.pt'
+    for n in 1, 2:
+        with monkeypatch.context() as m:
+            killed_after(m, n)
+            with pytest.raises(KeyboardInterrupt): train_run('relu', 0, recipe, source, checkpoint=file)
+    again = train_run('relu', 0, recipe, source, checkpoint=file)
+    assert again['resumed'] == [1, 2] and ended(again) == ended(train_run('relu', 0, recipe, source))
+
+
+def test_killed_within_an_epoch_by_the_system(images, tmp_path):
+    cmd = [str(Path(sys.executable).with_name('learned_relu_compare')), '--data', images, '--size', 16, '--bs', 8, '--epochs', 3, '--seeds', 1, '--arms', ARM, '--out']
+    def start(out): return subprocess.Popen([*map(str, cmd), out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(PYTHONUNBUFFERED='1'))
+    child, said = start(tmp_path/'a'), b''
+    while b'[1/3' not in said.partition(b'Epoch 2/3')[2]:
+        said += (got := os.read(child.stdout.fileno(), 4096))
+        assert got, said.decode()
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert list((tmp_path/'a'/'checkpoints').glob('*.pt')) and not list((tmp_path/'a'/'records').glob('*.json'))
+    for o in 'ab':
+        child = start(tmp_path/o)
+        assert child.communicate() and child.returncode == 0
+    a, b = (read_record(next((tmp_path/o/'records').glob('*.json'))) for o in 'ab')
+    assert a['resumed'] == [1] and ended(a) == ended(b) and not (tmp_path/'a'/'checkpoints').exists()
+
+
+def test_what_was_put_back_is_counted_over_the_interruption():
+    class Spoil(Callback):
+        def before_batch(self):
+            if self.train_iter == 0: self.learn.model[1].leak.data[0] = float('nan')
+    def learner(*cbs):
+        learn = make(ClampActParams(), Spoil(), *cbs)
+        learn.loss_func = torch.nn.functional.mse_loss
+        return learn
+    learn = learner()
+    with quiet(learn), pytest.warns(UserWarning, match='put back'): learn.fit(1)
+    state = learn.clamp_act_params.state_dict()
+    assert learn.clamp_act_params.restored == 1
+    again = learner()
+    with quiet(again), pytest.warns(UserWarning, match='put back'):
+        again.fit(1)
+        again.clamp_act_params.load_state_dict(state)
+    assert again.clamp_act_params.restored == 1 and state['counts'] is not again.clamp_act_params._counts
+
+
+def checkpoint(tmp_path, images, monkeypatch, arm='relu'):
+    file = tmp_path/'run.pt'
+    with monkeypatch.context() as m:
+        killed_after(m, 1)
+        with pytest.raises(KeyboardInterrupt): train_run(arm, 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
+    return file
+
+
+@pytest.mark.parametrize('change', [dict(arm='leaky'), dict(seed=1), dict(lr=.1)])
+def test_a_checkpoint_of_another_run_is_refused(images, tmp_path, monkeypatch, change):
+    file = checkpoint(tmp_path, images, monkeypatch)
+    before = file.read_bytes()
+    recipe = Recipe(data='noise', size=16, bs=8, epochs=2, lr=change.get('lr', Recipe.lr))
+    with pytest.raises(ValueError, match='run.pt is the checkpoint of another run'):
+        train_run(change.get('arm', 'relu'), change.get('seed', 0), recipe, Source(images, 16), checkpoint=file)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', None])
+def test_a_broken_checkpoint_is_named(images, tmp_path, monkeypatch, content):
+    file = checkpoint(tmp_path, images, monkeypatch)
+    file.write_bytes(file.read_bytes()[:1000] if content is None else content)
+    with pytest.raises(ValueError, match='run.pt cannot be read as a checkpoint'):
+        train_run('relu', 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
+
+
+def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path, monkeypatch):
+    file = checkpoint(tmp_path, images, monkeypatch)
+    before = file.read_bytes()
+    def half(state, tmp): Path(tmp).write_bytes(b'half'); raise RuntimeError('PytorchStreamWriter failed writing file') # as torch.save does
+    monkeypatch.setattr(torch, 'save', half)
+    with pytest.raises(ValueError, match='run.pt cannot be written .* free some space'):
+        train_run('relu', 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
+    assert file.read_bytes() == before and [o.name for o in tmp_path.iterdir()] == ['run.pt']
+
+
+def test_a_disk_that_is_full_keeps_finished_records(tmp_path, monkeypatch):
+    path = records_dir(tmp_path)
+    kept = write_record(dict(format=1, arm='relu', seed=0, digest='a'), path)
+    before = kept.read_bytes()
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(ValueError, match=re.escape('relu-seed1-a.json cannot be written')): write_record(dict(format=1, arm='relu', seed=1, digest='a'), path)
+    assert [o.name for o in path.iterdir()] == [kept.name] and kept.read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_in_a_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'write_record', lambda *a: (_ for _ in ()).throw(ValueError('relu-seed0.json cannot be written')))
+    with pytest.raises(SystemExit, match='error: relu-seed0.json cannot be written'): learned_relu_compare(arms='relu', seeds=1, size=8, bs=2000, out=tmp_path/'o')
+    assert len(list((tmp_path/'o'/'checkpoints').glob('*.pt'))) == 1 # the trained epochs are not lost
+    monkeypatch.undo()
+    learned_relu_compare(arms='relu', seeds=1, size=8, bs=2000, out=tmp_path/'o')
+    assert read_record(next((tmp_path/'o'/'records').glob('*.json')))['resumed'] == [1]
+
+
+def test_a_directory_in_use_is_named_with_its_process(tmp_path):
+    hold = 'import sys; from learned_relu.bench.record import in_use\nwith in_use(sys.argv[1]): print("in", flush=True); sys.stdin.read()'
+    child = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == 'in\n'
+    with pytest.raises(SystemExit, match=f'error: .* is in use by process {child.pid} on '): learned_relu_compare(arms='relu', seeds=1, size=8, bs=2000, out=tmp_path)
+    child.kill(); child.communicate() # a lock does not outlive its process
+    with in_use(tmp_path): assert (tmp_path/'.lock.owner').read_text().startswith(f'process {os.getpid()} on')
+    assert not list((tmp_path/'records').glob('*.json'))
