@@ -25,7 +25,7 @@ from ..callback.telemetry import ActTelemetry
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..patch import patch_relus
 
-# %% ../../nbs/api/31_bench.arms.ipynb #ed094862
+# %% ../../nbs/api/31_bench.arms.ipynb #78a40224
 _learned = dict(layer=LearnedRelu)
 arms = dict(
     relu=None,
@@ -47,7 +47,7 @@ arms = dict(
     leaky_grad=dict(layer=LeakyGradRelu),
     penalty=None,
 )
-extras = 'averages','freeze' # what may follow a learned arm, as in 'learned+averages+freeze'
+extras = 'caps','averages','freeze' # what may follow an arm that learns, as in 'learned+averages+freeze'
 
 def _learns(layer): return layer is not None and issubclass(layer, ActLayer) and 'learn' in inspect.signature(layer).parameters
 
@@ -60,13 +60,13 @@ def _class_at(arm):
     return dict(layer=cls)
 
 def arm_patch(
-    arm:str, # name of an arm, or the import path of an activation class, for example 'torch.nn.ELU'; `+averages` and `+freeze` may follow
+    arm:str, # name of an arm, or the import path of an activation class, for example 'torch.nn.ELU'; `+caps`, `+averages` and `+freeze` may follow
 ) -> dict: # arguments for `patch_relus`; None leaves the model alone
     "What an arm puts in place of each ReLU; `ValueError` for an unknown one, and for extras where nothing learns."
     base,*more = arm.split('+')
     how = arms[base] if base in arms else _class_at(base)
     if more and (list(more) != [o for o in extras if o in more] or not _learns((how or {}).get('layer'))):
-        raise ValueError(f'arm is {arm!r}: after an arm that learns may come ' + ', '.join(f'+{o}' for o in extras) + ' or both in this order')
+        raise ValueError(f'arm is {arm!r}: after an arm that learns may come ' + ', '.join(f'+{o}' for o in extras) + ' in this order')
     return how
 
 def arm_model(
@@ -90,4 +90,5 @@ def arm_cbs(
     layer = (arm_patch(arm) or {}).get('layer')
     if not _learns(layer): return [NoDecayActParams()] if layer is nn.PReLU else []
     added = dict(averages=EMAActParams, freeze=partial(FreezeActParams, at='average' if 'averages' in more else 'value'))
-    return [NoDecayActParams(lr_mult=10. if base == 'learned_fast' else 1.), ClampActParams(), *[added[o]() for o in more], ActTelemetry(every)]
+    clamp = ClampActParams(maxv=(.1, 100.)) if 'caps' in more else ClampActParams()
+    return [NoDecayActParams(lr_mult=10. if base == 'learned_fast' else 1.), clamp, *[added[o]() for o in more if o in added], ActTelemetry(every)]

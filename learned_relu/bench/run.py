@@ -8,7 +8,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.run.html.md"""
 __all__ = ['FORMAT', 'Source', 'BatchDigest', 'weights_digest', 'commit', 'peak_memory', 'state_digest', 'make_learner', 'fit',
            'train_run']
 
-# %% ../../nbs/api/32_bench.run.ipynb #9ecd1d9d
+# %% ../../nbs/api/32_bench.run.ipynb #49e9f144
 import hashlib
 import platform
 import resource
@@ -33,7 +33,8 @@ from .arms import arm_cbs, arm_model
 from .data import find_images, image_dls, mnist_dls
 from .distributed import on_all_processes
 from .recipe import Recipe
-from .resume import EpochCheckpoint
+from .resume import EpochCheckpoint, random_states, set_random_states
+from ..init import caps_from_data
 from ..params import act_params, activation_weights
 
 # %% ../../nbs/api/32_bench.run.ipynb #250d14ca
@@ -112,7 +113,7 @@ def peak_memory(device) -> dict: # bytes, and what was counted
     if device.type == 'cuda': return dict(bytes=torch.cuda.max_memory_allocated(device), scope='device, this run')
     return dict(bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024), scope='process, all its runs')
 
-# %% ../../nbs/api/32_bench.run.ipynb #de1b39c6
+# %% ../../nbs/api/32_bench.run.ipynb #cffe7360
 FORMAT = 1
 
 def state_digest(
@@ -141,6 +142,10 @@ def make_learner(
     mixup = [MixUp(recipe.mixup)] if recipe.mixup else []
     learn = Learner(dls, model, recipe.loss_func(), recipe.opt_func(), metrics=accuracy, wd=recipe.wd, cbs=[*mixup, *arm_cbs(arm, max(1, steps//points)), *cbs])
     if recipe.fp16: learn.to_fp16()
+    if 'caps' in arm.split('+'):
+        states = random_states(dls) # so that every arm sees the same batches
+        caps_from_data(model, dls.one_batch()[0])
+        set_random_states(states, dls)
     set_seed(seed)
     return learn
 
