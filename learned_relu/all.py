@@ -3,12 +3,15 @@ from learned_relu.act_layer import *
 from learned_relu.batchnorm import *
 from learned_relu.bench.cli import *
 from learned_relu.bench.data import *
+from learned_relu.bench.figures import *
 from learned_relu.bench.recipe import *
 from learned_relu.bench.record import *
 from learned_relu.bench.report import *
 from learned_relu.bench.run import *
 from learned_relu.bench.speed import *
 from learned_relu.bench.speed_cli import *
+from learned_relu.bench.stats import *
+from learned_relu.bench.table import *
 from learned_relu.callback.clamp import *
 from learned_relu.callback.core import *
 from learned_relu.callback.decay import *

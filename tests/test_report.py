@@ -3,12 +3,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from learned_relu.bench.report import interval, paired, plot_pairs, plot_params, readable, report_page, table
+from learned_relu.bench.figures import plot_pairs, plot_params
+from learned_relu.bench.report import report_page
+from learned_relu.bench.stats import interval, paired
+from learned_relu.bench.table import readable, table
 
 
 def record(arm, seed, acc, seconds=1., pair='same'):
     return dict(arm=arm, seed=seed, accuracy=[.1, acc], seconds_per_epoch=seconds, pair=f'{pair}-{seed}', data=dict(name='<data>', fingerprint='f'),
-                recipe=dict(arch='xresnet18'), versions=dict(torch='2'), hardware=dict(device='cpu', threads=2), commit=None)
+                recipe=dict(arch='xresnet18', size=28, epochs=2), versions=dict(torch='2'), hardware=dict(device='cpu', threads=2), commit=None)
 
 
 RECORDS = [record('relu', 0, .50, 1.), record('relu', 1, .60, 2.), record('relu', 2, .58, 4.),
@@ -39,5 +42,5 @@ def test_one_pair_has_no_interval():
 
 def test_a_page_without_pairs_or_telemetry_and_with_strange_names():
     page = report_page(RECORDS[3:])
-    assert plot_pairs(RECORDS[3:]) is None and plot_params(RECORDS) is None
+    assert plot_pairs(RECORDS[3:]) is None and plot_params(RECORDS[3]) is None
     assert '&lt;data&gt;' in page and '<data>' not in page and page.count('<img alt="') == 1

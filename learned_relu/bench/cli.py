@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.cli.html.md"""
 # %% auto #0
 __all__ = ['compare', 'learned_relu_compare', 'learned_relu_train']
 
-# %% ../../nbs/api/35_bench.cli.ipynb #548a2307
+# %% ../../nbs/api/35_bench.cli.ipynb #4d49cffb
 import sys
 from pathlib import Path
 from statistics import mean
@@ -20,8 +20,9 @@ from .recipe import Recipe, arm_patch
 from .record import read_record, record_name, records_dir, write_record
 from .report import save_report
 from .run import Source, train_run
+from .stats import check_statistics
 
-# %% ../../nbs/api/35_bench.cli.ipynb #c062d4a2
+# %% ../../nbs/api/35_bench.cli.ipynb #b4887912
 def compare(
     arms:list, # names of arms, or import paths
     seeds:list, # seeds
@@ -30,6 +31,7 @@ def compare(
     out:str, # directory for `records/`, `table.csv` and `report.html`
 ) -> str: # the table as text
     "Make the runs that are missing, seed by seed, and report on all; finished runs are kept as they are."
+    check_statistics()
     for o in arms: arm_patch(o)
     source.check_bs(recipe.bs)
     path,mark = records_dir(out),recipe.digest(source.fingerprint)
