@@ -7,6 +7,7 @@ from learned_relu.bench.figures import *
 from learned_relu.bench.recipe import *
 from learned_relu.bench.record import *
 from learned_relu.bench.report import *
+from learned_relu.bench.report_cli import *
 from learned_relu.bench.run import *
 from learned_relu.bench.speed import *
 from learned_relu.bench.speed_cli import *

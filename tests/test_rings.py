@@ -51,7 +51,7 @@ def test_public_names():
     names = '''learned_relu learned_relu_reference LearnedRelu GeneralRelu act_params reset_averages patch_relus unpatch_relus
     surrogate_gradient leaky_grad_relu learned_clip symmetric_clip learned_threshold LeakyGradRelu LearnedClip SymmetricClip LearnedThreshold
     ClampActParams EMAActParams FreezeActParams ActTelemetry NoDecayActParams ActGradPenalty learned_xresnet
-    learned_relu_train learned_relu_compare learned_relu_speed'''.split()
+    learned_relu_train learned_relu_compare learned_relu_speed learned_relu_report'''.split()
     assert not [o for o in names if not hasattr(everything, o)]
     from fastai.learner import Learner
     assert Learner.to_learned_relu and Learner.to_relu
