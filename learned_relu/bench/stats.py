@@ -25,8 +25,10 @@ def paired(
     a,b = ({r['seed']: r for r in records if r['arm'] == o} for o in (arm, base))
     return np.array([a[s]['accuracy'][-1] - b[s]['accuracy'][-1] for s in sorted(a) if s in b and a[s]['pair'] == b[s]['pair']])
 
-# %% ../../nbs/api/34_bench.stats.ipynb #ef660328
+# %% ../../nbs/api/34_bench.stats.ipynb #b1fed59f
 def _alike(diffs): return np.ptp(diffs) < 1e-9
+
+def _mean(diffs, axis): return np.mean(diffs, axis=axis).round(9) # the order of a sum must not break a tie, which BCa counts
 
 def interval(
     diffs:np.ndarray, # paired differences
@@ -43,12 +45,12 @@ def bootstrap_interval(
     "Confidence interval of the mean of paired differences, by a seeded bootstrap: BCa, or percentiles where all are alike."
     if len(diffs) < 2: return np.nan, np.nan
     method = 'percentile' if _alike(diffs) else 'BCa'
-    return tuple(map(float, stats.bootstrap((diffs,), np.mean, confidence_level=level, method=method, rng=np.random.default_rng(0)).confidence_interval))
+    return tuple(map(float, stats.bootstrap((diffs,), _mean, confidence_level=level, method=method, rng=np.random.default_rng(0)).confidence_interval))
 
-# %% ../../nbs/api/34_bench.stats.ipynb #9533eb06
+# %% ../../nbs/api/34_bench.stats.ipynb #c1c27e71
 def check_statistics():
     "Raise `ImportError` unless statsmodels is installed; the message says how to."
-    try: import statsmodels.stats.multitest  # noqa: F401
+    try: import statsmodels.stats.multitest, statsmodels.stats.power
     except ImportError as e: raise ImportError('The statistics need statsmodels: pip install "learned_relu[bench]"') from e
 
 def signs(
