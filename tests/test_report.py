@@ -1,18 +1,51 @@
-"The table by hand."
+"The statistics by hand, the figures by their values, the page and the command by what they write."
+import base64
+import re
+import shutil
+import sys
+from itertools import product
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
-from learned_relu.bench.report import interval, paired, plot_pairs, plot_params, readable, report_page, table
+from learned_relu.bench import report
+from learned_relu.bench.cli import compare
+from learned_relu.bench.figures import STARTS, plot_accuracy, plot_pairs, plot_params, plot_shapes, shape_values, shapes
+from learned_relu.bench.record import read_record
+from learned_relu.bench.report import recipe_toml, report_page, save_report
+from learned_relu.bench.report_cli import first_paragraph, learned_relu_report, read_records
+from learned_relu.bench.stats import accuracy_at, bootstrap_interval, epoch_ends, equal_time, holm, interval, p_value, paired, pairs_needed, signs
+from learned_relu.bench.table import board_rows, leaderboard, readable, readable_tests, table
+from learned_relu.functional import learned_relu_reference
+from learned_relu.layers import LearnedRelu
+
+REAL = Path(__file__).parents[1]/'benchmarks'/'records'
+WOOF, DIGITS = REAL/'2026-11-21-imagewoof-64px-xresnet18-2ep-flipped', REAL/'2026-11-21-digits-family'
 
 
-def record(arm, seed, acc, seconds=1., pair='same'):
-    return dict(arm=arm, seed=seed, accuracy=[.1, acc], seconds_per_epoch=seconds, pair=f'{pair}-{seed}', data=dict(name='<data>', fingerprint='f'),
-                recipe=dict(arch='xresnet18'), versions=dict(torch='2'), hardware=dict(device='cpu', threads=2), commit=None)
+def record(arm, seed, acc, seconds=1., pair='same', **more):
+    return dict(arm=arm, seed=seed, accuracy=[.1, acc], seconds_per_epoch=seconds, pair=f'{pair}-{seed}', commit=None,
+                data=dict(name='<data>', fingerprint='f'), recipe=dict(arch='xresnet18', size=128, epochs=2),
+                versions=dict(torch='2'), hardware=dict(device='cpu', threads=2)) | more
 
 
 RECORDS = [record('relu', 0, .50, 1.), record('relu', 1, .60, 2.), record('relu', 2, .58, 4.),
            record('learned', 0, .52, 3.), record('learned', 1, .61, 2.2), record('learned', 2, .61, 4.8)]
+
+differences = st.lists(st.integers(-400, 400), min_size=2, max_size=8).map(lambda o: np.array(o)/40.)
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    yield
+    plt.close('all')
 
 
 def test_means_spreads_pairs_and_times():
@@ -22,6 +55,7 @@ def test_means_spreads_pairs_and_times():
     d = np.array([2., 1., 3.])
     half = stats.t.ppf(.975, 2)*d.std(ddof=1)/3**.5
     assert t.loc['learned', ['vs relu', 'vs relu low', 'vs relu high']].tolist() == pytest.approx([2, 2 - half, 2 + half])
+    assert t.loc['learned', ['vs relu bootstrap low', 'vs relu bootstrap high']].tolist() == pytest.approx([1, 3])
     assert t.loc['learned', 'time ratio'] == pytest.approx(1.2) and t.loc['learned', 'vs relu n'] == 3
     assert np.isnan(t.loc['relu', 'vs relu']) and np.isnan(t.loc['learned', 'vs general'])
 
@@ -32,12 +66,332 @@ def test_runs_that_began_otherwise_are_no_pair():
 
 
 def test_one_pair_has_no_interval():
-    assert np.isnan(interval(np.array([.1]))).all() and interval(np.array([.1, .1])) == (.1, .1)
+    one = np.array([.1])
+    assert np.isnan([*interval(one), *bootstrap_interval(one), p_value(one), pairs_needed(one)]).all()
     text = readable(table([RECORDS[0], RECORDS[3]])).set_index('arm')
     assert text.loc['learned', 'vs relu [95 %]'] == '+2.00' and text.loc['relu', 'std'] == '-'
 
 
+def test_pairs_that_are_alike_have_a_point_and_no_test():
+    for d in (np.array([.1, .1]), np.array([.52 - .51, .61 - .60, .41 - .40])*100):
+        assert interval(d) == (d[0], d[0]) and bootstrap_interval(d) == pytest.approx((d[0], d[0]))
+        assert np.isnan(p_value(d)) and np.isnan(pairs_needed(d))
+
+
+def every_resample(d): return np.array([np.mean(o) for o in product(d, repeat=len(d))])
+
+
+def bca_by_hand(d):
+    "Efron's interval from all resamples there are"
+    means, norm = np.sort(every_resample(d)), stats.norm
+    z0 = norm.ppf(((means < d.mean() - 1e-12).mean() + (means <= d.mean() + 1e-12).mean())/2)
+    out = np.array([np.delete(d, i).mean() for i in range(len(d))])
+    u = out.mean() - out
+    a = (u**3).sum()/(6*(u**2).sum()**1.5)
+    at = [norm.cdf(z0 + (z0 + z)/(1 - a*(z0 + z))) for z in norm.ppf([.025, .975])]
+    return np.quantile(means, at)
+
+
+@pytest.mark.parametrize('d', [[.1, .2, .4, .8, 5.], [-3., 1., 1.5, 2., 2.5]], ids=str)
+def test_the_bootstrap_is_bca(d):
+    d = np.array(d)
+    want, spread = bca_by_hand(d), np.quantile(every_resample(d), [.025, .975])
+    assert bootstrap_interval(d) == pytest.approx(tuple(want), abs=.04*np.ptp(d))
+    assert abs(want - spread).max() > .08*np.ptp(d), 'percentiles would do as well here, so nothing is tested'
+
+
+@settings(deadline=None, max_examples=30)
+@given(differences, st.integers(-100, 100))
+def test_the_bootstrap_moves_with_its_data_stays_within_and_is_the_same_again(d, shift):
+    low, high = bootstrap_interval(d)
+    assert (low, high) == bootstrap_interval(d)
+    assert d.min() - 1e-9 <= low <= high <= d.max() + 1e-9
+    assert bootstrap_interval(d*2 + shift) == pytest.approx((low*2 + shift, high*2 + shift), abs=1e-6)
+
+
+@given(differences)
+def test_p_value_and_interval_by_the_t_distribution(d):
+    assume(np.ptp(d) > 0)
+    n, se = len(d), d.std(ddof=1)/len(d)**.5
+    assert p_value(d) == pytest.approx(2*stats.t.sf(abs(d.mean())/se, n - 1), abs=1e-9)
+    half = stats.t.ppf(.975, n - 1)*se
+    assert interval(d) == pytest.approx((d.mean() - half, d.mean() + half), abs=1e-9)
+
+
+def holm_by_hand(ps):
+    res, worst = [np.nan]*len(ps), 0.
+    have = sorted((i for i, p in enumerate(ps) if not np.isnan(p)), key=lambda i: ps[i])
+    for k, i in enumerate(have): res[i] = worst = max(worst, min(1., ps[i]*(len(have) - k)))
+    return res
+
+
+@settings(deadline=None, max_examples=25)  # statsmodels collects garbage at each call
+@given(st.lists(st.floats(0, 1) | st.just(np.nan), max_size=8))
+def test_holm_by_hand(ps): np.testing.assert_allclose(holm(ps), holm_by_hand(ps), rtol=1e-12)
+
+
+def power_of(n, size): return stats.nct.sf(stats.t.ppf(.975, n - 1), n - 1, size*n**.5)
+
+
+@settings(deadline=None)
+@given(st.floats(.13, 40.), st.sampled_from([.5, 1.]))
+def test_so_many_pairs_have_the_power_and_one_fewer_has_not(spread, effect):
+    n = pairs_needed(np.array([1., 1. + spread*2**.5]), effect)
+    assert n == int(n) >= 3 and power_of(n, effect/spread) > .8 - 1e-3
+    assert n == 3 or power_of(n - 1, effect/spread) < .8
+
+
+def test_a_tiny_spread_needs_three_pairs(): assert pairs_needed(np.array([1., 1.0001])) == 3
+
+
+def test_signs_and_ties():
+    assert signs(np.array([2., 0., -1.])) == '1 of 3 above, 1 tied' and signs(np.array([2., .3])) == '2 of 2 above' and signs(np.array([])) == ''
+    assert signs(np.array([.5 - .4 - .1])) == '0 of 1 above, 1 tied', 'rounding is no difference'
+
+
+def test_statsmodels_is_asked_for_by_name_and_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'statsmodels.stats.multitest', None)
+    with pytest.raises(ImportError, match=r'pip install "learned_relu\[bench\]"'): holm([.1])
+    with pytest.raises(ImportError, match='statsmodels'): compare(['relu'], [0], None, None, 'nowhere')
+
+
+def test_accuracy_at_a_time_by_hand():
+    r = dict(accuracy=[.2, .4, .5], seconds_per_epoch=20., epoch_seconds=[10., 30., 20.])
+    assert epoch_ends(r).tolist() == [10, 40, 60] and epoch_ends(dict(r, epoch_seconds=None)).tolist() == [20, 40, 60]
+    assert [accuracy_at(r, t) for t in (10, 25, 40, 50, 60, 99)] == pytest.approx([.2, .3, .4, .45, .5, .5])
+    assert np.isnan(accuracy_at(r, 9.9))
+
+
+def test_equal_time_is_that_of_relu_with_the_same_seed():
+    rs = [record('relu', 0, .5, epoch_seconds=[1., 1.]), record('relu', 1, .5, epoch_seconds=[4., 4.]), record('slow', 0, .5, epoch_seconds=[1., 3.]),
+          record('slow', 1, .9, epoch_seconds=[2., 2.]), record('slow', 2, 1.), record('late', 0, .5, epoch_seconds=[2.5, 2.5])]
+    assert equal_time(rs, 'slow') == pytest.approx(((.1 + .4/3) + .9)/2)
+    assert equal_time(rs, 'relu') == .5 and np.isnan(equal_time(rs, 'late')) and np.isnan(equal_time(rs[2:], 'slow'))
+    assert table(rs).set_index('arm').loc['slow', 'accuracy at relu time'] == pytest.approx(100*equal_time(rs, 'slow'))
+
+
+def test_the_family_is_every_arm_against_relu():
+    more = [*RECORDS, *(record('general', s, a) for s, a in enumerate((.51, .62, .58))), record('other', 0, .7)]
+    t = table(more).set_index('arm')
+    assert t.index.tolist() == ['relu', 'learned', 'general', 'other']
+    ps = [p_value(paired(more, o, 'relu')*100) for o in ('learned', 'general')]
+    assert t['vs relu p'].tolist() == pytest.approx([np.nan, *ps, np.nan], nan_ok=True)
+    assert t['vs relu p holm'].tolist() == pytest.approx([np.nan, *holm_by_hand(ps), np.nan], nan_ok=True)
+    assert t['vs relu p holm'].min() > t['vs relu p'].min()
+    assert readable_tests(table(more)).arm.tolist() == ['learned', 'general', 'other']
+
+
+def test_the_noise_of_the_boards_stands_beside_each_difference():
+    rs = [record('relu', 0, .5), record('near', 0, .5099), record('below', 0, .4901), record('far', 0, .5101), record('worse', 0, .48)]
+    assert table(rs)['within board noise'].tolist() == [None, True, True, False, False]
+    assert readable(table(rs))['within board noise'].tolist() == ['-', 'yes', 'yes', 'no', 'no']
+
+
+def test_rows_as_the_boards_have_them():
+    rows = board_rows(leaderboard([*RECORDS, record('a|b', 0, .12344)])).splitlines()
+    assert rows == ['| Size (px) | Epochs | Accuracy | # Runs | Arm |', '| -- | -- | -- | -- | -- |', '| 128 | 2 | 56.00% | 3, mean | relu |',
+                    '| 128 | 2 | 58.00% | 3, mean | learned |', r'| 128 | 2 | 12.34% | 1 | a\|b |']
+
+
+def test_what_the_readme_says_of_real_records():
+    t = readable(table(read_records(DIGITS)[0]['45a0749e'])).set_index('arm')
+    assert t.loc['symmetric', 'vs relu [95 %]'] == '-10.10 [-18.41, -1.79]' and t.loc['relu', ['accuracy %', 'std']].tolist() == ['93.13', '1.10']
+
+
+def telemetry(kinds, layers=('b', 'a', 'c', 'd', 'e'), steps=(0, 5, 9)):
+    rows = [(s, o, k, STARTS.get(k, 1.) - .01*s*(i + 1)) for s in steps for i, o in enumerate(layers) for k in kinds]
+    return dict(zip(('step', 'layer', 'kind', 'mean'), map(list, zip(*rows, strict=True)), strict=True))
+
+
+def reference(x, leak, sub, maxv):
+    return learned_relu_reference(torch.tensor(x), *(torch.tensor(o, dtype=torch.float64) for o in (leak, sub, maxv))).numpy()
+
+
+@given(st.floats(0, .5), st.floats(0, 1), st.floats(.5, 20))
+def test_shapes_are_the_reference_curve(leak, sub, maxv):
+    x = np.linspace(-5, 25, 61)
+    got = shapes(pd.DataFrame([dict(maxv=maxv, leak=leak, sub=sub), STARTS]), x)
+    np.testing.assert_array_equal(got, [reference(x, leak, sub, maxv), reference(x, **STARTS)])
+
+
+def test_the_starts_are_those_of_the_layer():
+    layer = LearnedRelu()
+    assert {k: layer.current(k).item() for k in STARTS} == pytest.approx(STARTS)
+
+
+def test_parameters_that_were_not_learned_come_from_the_record_or_the_layer():
+    r = record('learned', 0, .5, telemetry=telemetry(['leak', 'sub']))
+    v = shape_values(r)
+    assert list(dict.fromkeys(v.index.get_level_values('layer'))) == ['b', 'a', 'c', 'd', 'e'] and list(v) == ['leak', 'sub', 'maxv']
+    assert v.loc[('a', 5)].tolist() == pytest.approx([.05 - .1, .25 - .1, 10.])
+    assert set(shape_values(dict(r, fixed=dict(maxv=3.))).maxv) == {3.}
+    for other in (dict(r, fixed=dict(leak=0.)), dict(r, telemetry=telemetry(['leak', 'cutoff'])), dict(r, telemetry=None), RECORDS[0]):
+        assert not len(shape_values(other)) and plot_shapes(other) is None
+
+
+def test_curves_drawn_are_those_of_first_middle_and_last_layer_beside_relu():
+    r = record('learned', 0, .5, telemetry=telemetry(['leak', 'sub', 'maxv']))
+    axs, v = plot_shapes(r).axes, shape_values(r)
+    assert [o.get_title() for o in axs[:3]] == ['layer b', 'layer c', 'layer e']
+    for col, layer in enumerate('bce'):
+        x, start = axs[col].lines[0].get_xdata(), reference(axs[col].lines[0].get_xdata(), **v.loc[(layer, 0)])
+        for i, step in enumerate((0, 5, 9)):
+            want = reference(x, **v.loc[(layer, step)])
+            for row, y in enumerate((want, want, want - start)): np.testing.assert_allclose(axs[3*row + col].lines[i].get_ydata(), y, atol=1e-12)
+        for row in (0, 1): np.testing.assert_array_equal(axs[3*row + col].lines[-1].get_ydata(), np.maximum(x, 0))
+        assert x[0] == -3 and x[-1] > v.maxv.max(), 'the cap is in the picture'
+
+
+def test_bands_reach_from_the_lowest_to_the_highest_run():
+    ax = plot_accuracy(RECORDS).axes[0]
+    for band, arm in zip(ax.collections, ('relu', 'learned'), strict=True):
+        ys = np.array([r['accuracy'][-1] for r in RECORDS if r['arm'] == arm])*100
+        at = band.get_paths()[0].vertices
+        assert [at[at[:, 0] == 2, 1].min(), at[at[:, 0] == 2, 1].max()] == pytest.approx([ys.min(), ys.max()])
+    means = [o.get_ydata()[-1] for o in ax.lines if not o.get_label().startswith('_')]
+    assert means == pytest.approx([56, 58]) and ax.get_legend()
+    one = plot_accuracy([dict(r, accuracy=r['accuracy'][-1:]) for r in RECORDS]).axes[0]
+    assert [o.get_text() for o in one.get_xticklabels()] == ['relu\n(n=3)', 'learned\n(n=3)']
+
+
+def test_both_intervals_are_drawn_and_told_apart():
+    fig, d = plot_pairs(RECORDS), paired(RECORDS, 'learned', 'relu')*100
+    lines = {o.get_label(): o for o in fig.axes[0].lines}
+    assert tuple(lines['95 % interval, t'].get_xdata()) == interval(d)
+    assert tuple(lines['95 % interval, bootstrap'].get_xdata()) == bootstrap_interval(d)
+    assert sorted(lines['seeds'].get_xdata()) == pytest.approx([1, 2, 3]) and lines['mean'].get_xdata() == pytest.approx(2)
+    assert {o.get_text() for o in fig.legends[0].texts} == {*lines, 'noise of the boards, ±1 point'}
+    assert not any('interval' in o.get_label() for o in plot_pairs([RECORDS[0], RECORDS[3]]).axes[0].lines)
+
+
+def test_heat_maps_have_depth_downwards_and_time_to_the_right():
+    r = record('clip', 0, .5, telemetry=telemetry(['cutoff', 'low']))
+    axs = plot_params(r).axes
+    assert [o.get_title() for o in axs[:2]] == ['cutoff', 'low'] and [o.get_text() for o in axs[0].get_yticklabels()] == list('bacde')
+    np.testing.assert_allclose(axs[0].images[0].get_array(), 1 - .01*np.outer(range(1, 6), [0, 5, 9]))
+
+
+def pairs(): return plot_pairs(RECORDS)
+
+
+@pytest.mark.parametrize('draw', [lambda: plot_accuracy(RECORDS), pairs,
+                                  lambda: plot_shapes(record('learned', 0, .5, telemetry=telemetry(['leak', 'sub', 'maxv']))),
+                                  lambda: plot_params(record('learned', 0, .5, telemetry=telemetry(['leak'])))])
+def test_every_figure_has_labelled_axes_and_room_for_them(draw):
+    fig = draw()
+    assert type(fig.get_layout_engine()).__name__ == 'ConstrainedLayoutEngine'
+    plots = [o for o in fig.axes if o.get_label() != '<colorbar>']
+    assert all(o.get_xlabel() for o in plots if o.get_subplotspec().is_last_row())
+    assert all(o.get_ylabel() or draw is pairs and o.get_yticklabels() for o in plots if o.get_subplotspec().is_first_col())
+    assert all(o.get_ylabel() for o in fig.axes if o not in plots)
+
+
 def test_a_page_without_pairs_or_telemetry_and_with_strange_names():
     page = report_page(RECORDS[3:])
-    assert plot_pairs(RECORDS[3:]) is None and plot_params(RECORDS) is None
-    assert '&lt;data&gt;' in page and '<data>' not in page and page.count('<img alt="') == 1
+    assert plot_pairs(RECORDS[3:]) is None and plot_params(RECORDS[3]) is None
+    assert '&lt;data&gt;' in page and '<data>' not in page and page.count('<img alt="') == 1 and 'How sure' not in page
+
+
+def test_a_page_holds_what_a_reader_needs():
+    page = report_page(read_records(WOOF)[0]['34d243ea'])
+    assert page.count('<img alt=') == page.count('<figcaption>') == 4 and not re.search(r'src="http|<link|<script|@import', page)
+    assert 'https://github.com/fastai/imagenette' in page and '±1 %' in page and '| 64 | 2 | 41.10% | 1 | learned |' in page
+    assert 'size = 64\n' in page and 'data = &quot;imagewoof2-160&quot;' in page
+    meant = ' '.join(re.findall('<dt>(.*?)</dt>', page))
+    heads = set(re.findall('<th>(.*?)</th>', page)) - {'arm', 'accuracy %'}
+    assert {o for o in heads if re.sub(r' \[.*', '', o) not in meant} == set(), 'columns that are not explained'
+    assert b'Software' not in base64.b64decode(re.search('base64,([^"]*)', page)[1])[:2000]
+
+
+texts = st.text(st.characters(codec='utf-8'), max_size=6)
+values = st.recursive(st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+                      lambda o: st.lists(o, max_size=3) | st.dictionaries(texts, o, max_size=3), max_leaves=5)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(texts, values, max_size=6))
+def test_a_recipe_reads_back_as_it_was(recipe):
+    tomllib = pytest.importorskip('tomllib')
+    back = tomllib.loads(recipe_toml(recipe))
+    assert back == recipe and repr(back) == repr(recipe), 'types count too'
+
+
+def test_real_recipes_read_back_and_what_is_not_set_is_a_comment():
+    tomllib = pytest.importorskip('tomllib')
+    for file in sorted(REAL.glob('*/records/*.json')):
+        recipe = read_record(file)['recipe']
+        assert tomllib.loads(recipe_toml(recipe)) == recipe
+    assert tomllib.loads(recipe_toml(dict(a=1, pool=None))) == dict(a=1) and '# pool is not set' in recipe_toml(dict(pool=None))
+    with pytest.raises(TypeError, match='pool is'): recipe_toml(dict(pool={1}))
+
+
+def test_a_report_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    save_report(RECORDS, tmp_path)
+    before = contents(tmp_path)
+    assert sorted(before) == ['report.html', 'table.csv']
+    monkeypatch.setattr(report.os, 'replace', lambda *_: 1/0)
+    with pytest.raises(ZeroDivisionError): save_report(RECORDS[:3], tmp_path)
+    assert {k: v for k, v in contents(tmp_path).items() if not k.startswith('.')} == before
+
+
+def contents(path): return {o.relative_to(path).as_posix(): o.read_bytes() for o in sorted(Path(path).rglob('*')) if o.is_file()}
+
+
+def test_the_command_twice_writes_the_same_and_nothing_into_the_records(tmp_path, capsys):
+    before = contents(REAL)
+    for o in 'ab': learned_relu_report(REAL, out=tmp_path/o)
+    a, b = contents(tmp_path/'a'), contents(tmp_path/'b')
+    assert a == b and contents(REAL) == before and capsys.readouterr().out.count('index.html') == 2
+    index = a['index.html'].decode()
+    for folder in REAL.iterdir():
+        assert f'<h2>{folder.name}</h2>' in index
+        have = [f'{folder.name}/{o}' in a for o in ('table.csv', 'report.html')]
+        assert have == [any(folder.glob('records/*.json'))]*2
+    speed = index.split('2026-11-21-speed-2-cores</h2>')[1].split('<h2>')[0]
+    assert 'Not training records' in speed and '<td>-10.10 [-18.41, -1.79]</td>' in index and 'Two shared CPU cores' in index
+    assert all((tmp_path/'a'/o).is_file() for o in re.findall('href="([^"h][^"]*)"', index))
+
+
+def folder_with(path, *files):
+    (path/'records').mkdir(parents=True)
+    for o in files: shutil.copy(o, path/'records')
+    return path
+
+
+def test_a_page_for_each_digest(tmp_path):
+    folder_with(tmp_path/'in'/'mixed', *(WOOF/'records').iterdir(), *(DIGITS/'records').glob('*seed0*'))
+    learned_relu_report(tmp_path/'in', out=tmp_path/'out')
+    got = contents(tmp_path/'out')
+    assert sorted(got) == ['index.html', *(f'mixed/{d}/{o}' for d in ('34d243ea', '45a0749e') for o in ('report.html', 'table.csv'))]
+    assert all(f'mixed/{d}/report.html' in got['index.html'].decode() for d in ('34d243ea', '45a0749e'))
+
+
+def test_broken_records_are_all_named_and_the_rest_is_built(tmp_path):
+    folder_with(tmp_path/'in'/'whole', *(WOOF/'records').iterdir())
+    bad = folder_with(tmp_path/'in'/'bad', WOOF/'records'/'relu-seed0-34d243ea.json')/'records'
+    (bad/'half.json').write_text('{"format": 1,')
+    (bad/'old.json').write_text('{"format": 0}')
+    (bad/'short.json').write_text('{"format": 1, "arm": "relu", "accuracy": []}')
+    with pytest.raises(SystemExit) as stop: learned_relu_report(tmp_path/'in', out=tmp_path/'out')
+    said = stop.value.code
+    assert isinstance(said, str), 'which Python prints, and exits with 1'
+    for o in ('error: 3 records', 'half.json is not JSON', 'old.json has format 0', 'short.json has no seed', f'{bad.parent}: '): assert o in said
+    assert sorted(contents(tmp_path/'out')) == ['bad/report.html', 'bad/table.csv', 'index.html', 'whole/report.html', 'whole/table.csv']
+
+
+def test_paths_that_cannot_be(tmp_path):
+    (tmp_path/'empty').mkdir()
+    (tmp_path/'file').touch()
+    for path, want in (('none', 'no directory'), ('file', 'no directory'), ('empty', 'no folder has records')):
+        with pytest.raises(SystemExit, match=f'error: path is .*{path}.*{want}.*pass a folder'):
+            learned_relu_report(tmp_path/path, out=tmp_path/'out')
+    one = folder_with(tmp_path/'in'/'one', WOOF/'records'/'relu-seed0-34d243ea.json')
+    for out in (one, one/'report', tmp_path/'in'):
+        with pytest.raises(SystemExit, match='error: out is .*a record never changes: pass another --out'): learned_relu_report(one, out=out)
+    with pytest.raises(SystemExit, match='cannot be written'): learned_relu_report(one, out=tmp_path/'file'/'out')
+    assert sorted(contents(one)) == ['records/relu-seed0-34d243ea.json'] and not (tmp_path/'out').exists()
+
+
+def test_the_first_paragraph_is_neither_heading_nor_code_nor_table():
+    assert first_paragraph('# A\n\n```sh\nls\n\npwd\n```\n\n| a |\n| - |\n\nsome\ntext\n\nmore') == 'some text'
+    assert first_paragraph('') == first_paragraph('# only\n') == ''

@@ -9,7 +9,7 @@ import pytest
 import learned_relu
 
 ROOT = Path(learned_relu.__file__).parent
-TORCH = 'layout cpp cpu cuda functional surrogate act_layer layers batchnorm params trace patch plot'.split()
+TORCH = 'layout cpp cpu cuda functional surrogate act_layer layers batchnorm params trace patch plot init'.split()
 modules = sorted(o.relative_to(ROOT) for o in ROOT.rglob('*.py') if o.name not in ('__init__.py', '_modidx.py', 'all.py'))
 
 
@@ -51,7 +51,7 @@ def test_public_names():
     names = '''learned_relu learned_relu_reference LearnedRelu GeneralRelu act_params reset_averages patch_relus unpatch_relus
     surrogate_gradient leaky_grad_relu learned_clip symmetric_clip learned_threshold LeakyGradRelu LearnedClip SymmetricClip LearnedThreshold
     ClampActParams EMAActParams FreezeActParams ActTelemetry NoDecayActParams ActGradPenalty learned_xresnet
-    learned_relu_train learned_relu_compare learned_relu_speed'''.split()
+    learned_relu_train learned_relu_compare learned_relu_speed learned_relu_report'''.split()
     assert not [o for o in names if not hasattr(everything, o)]
     from fastai.learner import Learner
     assert Learner.to_learned_relu and Learner.to_relu

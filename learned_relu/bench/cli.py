@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.cli.html.md"""
 # %% auto #0
 __all__ = ['compare', 'recipe_options', 'planned', 'run_arms', 'out_dir', 'learned_relu_compare']
 
-# %% ../../nbs/api/35_bench.cli.ipynb #77ac8303
+# %% ../../nbs/api/35_bench.cli.ipynb #244157c0
 import inspect
 import sys
 from contextlib import nullcontext
@@ -25,8 +25,9 @@ from .recipe import Plan, Recipe, read_recipe
 from .record import in_use, read_record, record_name, records_dir, write_record
 from .report import save_report
 from .run import Source, train_run
+from .stats import check_statistics
 
-# %% ../../nbs/api/35_bench.cli.ipynb #7e263d2d
+# %% ../../nbs/api/35_bench.cli.ipynb #d839ce88
 def _missing(todo, have, recipe, source, path):
     took = [o['seconds'] for o in have.values()]
     for i,(file,arm,seed) in enumerate(todo, 1):
@@ -53,6 +54,7 @@ def compare(
 ) -> str: # the table as text
     "Make the runs that are missing, seed by seed, and report on all; finished runs are kept as they are, an interrupted one goes on."
     for o in arms: arm_patch(o)
+    check_statistics()
     source.check_bs(recipe.bs)
     path,mark = records_dir(out),recipe.digest(source.fingerprint)
     todo = [(path/record_name(a, s, mark), a, s) for s in seeds for a in arms]

@@ -7,11 +7,10 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.recipe.html.md"""
 # %% auto #0
 __all__ = ['opts', 'pools', 'schedules', 'sources', 'Recipe', 'Plan', 'read_recipe']
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #43f23371
+# %% ../../nbs/api/30_bench.recipe.ipynb #806573da
 import hashlib
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from functools import partial
@@ -23,9 +22,6 @@ from fastai.optimizer import SGD, Adam, RMSProp, ranger
 from torch import nn
 
 from ..xresnet import plain_xresnet, xresnet_names
-
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
 
 # %% ../../nbs/api/30_bench.recipe.ipynb #0014a865
 opts = dict(adam=(Adam, 'mom sqr_mom eps'), ranger=(ranger, 'mom sqr_mom eps beta'), rms=(RMSProp, 'mom sqr_mom eps'), sgd=(SGD, 'mom'))
@@ -107,7 +103,7 @@ class Recipe:
         "Cross entropy, with smooth labels or without."
         return LabelSmoothingCrossEntropyFlat(eps=self.smoothing) if self.smoothing else CrossEntropyLossFlat()
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #f2a86d45
+# %% ../../nbs/api/30_bench.recipe.ipynb #eae5ccc7
 @dataclass(frozen=True)
 class Plan:
     "What a recipe file says: what the arms have in common, the arms, and how many seeds."
@@ -115,14 +111,21 @@ class Plan:
     arms:tuple=() # names of arms; empty where the file names none
     seeds:int=None # number of seeds; None where the file does not say
 
+def _toml():
+    try: import tomllib
+    except ImportError:
+        try: import tomli as tomllib # Python 3.10
+        except ImportError as e: raise ImportError('Recipe files need tomli on Python 3.10: pip install "learned_relu[bench]"') from e
+    return tomllib
+
 def read_recipe(
     file:str, # a TOML file
 ) -> Plan:
     "The recipe in `file`; `ValueError` and `TypeError` name the file and what is wrong in it."
-    file,keys = Path(file),{o.name for o in fields(Recipe)}
-    try: found = tomllib.loads(file.read_text(encoding='utf-8'))
+    toml,file,keys = _toml(),Path(file),{o.name for o in fields(Recipe)}
+    try: found = toml.loads(file.read_text(encoding='utf-8'))
     except OSError as e: raise ValueError(f'recipe is {str(file)!r}, which cannot be read ({e.strerror}): pass a TOML file') from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
+    except (toml.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
     base = found.pop('base', None)
     if not isinstance(base, (str, type(None))): raise TypeError(f'{file.name}: base is {base!r}: pass the name of a file beside it')
     try: below = read_recipe(file.parent/base) if base else Plan({})
