@@ -51,7 +51,7 @@ def test_a_comparison_is_paired_recorded_and_reported(finished):
     assert str(out) not in json.dumps(records)
     assert 'vs relu' in done.stdout and not list((out/'records').glob('*.tmp'))
     page = (out/'report.html').read_text()
-    assert page.count('<img alt="') == 3 and 'src="http' not in page
+    assert page.count('<img alt="') == 4 and 'src="http' not in page
 
 
 def test_the_same_command_again_trains_nothing(finished):
@@ -62,11 +62,16 @@ def test_the_same_command_again_trains_nothing(finished):
 
 
 def test_every_arm_trains_from_the_same_start(images, tmp_path):
-    names = 'leaky,prelu,general,clip,symmetric,threshold,leaky_grad,penalty,torch.nn.SiLU,learned_relu.layers.LearnedClip'
+    names = ('leaky,prelu,silu,mish,general,clip,symmetric,threshold,leaky_grad,penalty,torch.nn.ELU,learned_relu.layers.LearnedClip,'
+             'learned_scalar,learned_only_sub,learned_no_leak,learned_no_sub,learned_no_maxv,learned_fast,learned+caps+averages+freeze')
     run('--data', images, *SMALL, '--seeds', 1, '--arms', names, '--out', tmp_path, check=True)
     records = {r['arm']: r for r in map(read_record, (tmp_path/'records').glob('*.json'))}
     assert set(records) == set(names.split(',')) and len({json.dumps(r['pair']) for r in records.values()}) == 1
     assert all('telemetry' in records[o] for o in ('clip', 'symmetric', 'threshold', 'learned_relu.layers.LearnedClip'))
+    def kinds(arm): return {o.rpartition('.')[2] for o in records[arm]['activation']}
+    assert kinds('learned_only_sub') == {'sub'} and kinds('learned_no_leak') == {'sub', 'maxv'} and kinds('learned_no_maxv') == {'leak', 'sub'}
+    caps = [v['max'] for k, v in records['learned+caps+averages+freeze']['activation'].items() if k.endswith('.maxv')]
+    assert len(caps) == 19 and max(caps) < 9 and {v['n'] for v in records['learned_scalar']['activation'].values()} == {1}
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])

@@ -50,14 +50,19 @@ def write(path, **texts):
 
 
 @pytest.mark.parametrize('text,error,words', [
-    ('epoch = 5', ValueError, "x.toml has a key 'epoch', perhaps meant as 'epochs'"), ('zebra = 1', ValueError, "has a key 'zebra': pass some of"),
-    ('epochs = "5"', TypeError, "x.toml: epochs is '5': pass a whole number"), ('epochs = 2.5', TypeError, 'epochs is 2.5'), ('epochs = true', TypeError, 'epochs is True'),
-    ('sa = 1', TypeError, 'sa is 1: pass a true or false'), ('size = 0', ValueError, 'x.toml: size is 0'), ('size = 100000', ValueError, 'size is 100000'),
-    ('lr = inf', ValueError, 'lr is inf'), ('lr = 0', ValueError, 'lr is 0'), ('mom = 1', ValueError, 'mom is 1'), ('smoothing = -0.1', ValueError, 'smoothing is -0.1'),
+    ('epoch = 5', ValueError, "x.toml has a key 'epoch', perhaps meant as 'epochs'"),
+    ('zebra = 1', ValueError, "has a key 'zebra': pass some of"),
+    ('epochs = "5"', TypeError, "x.toml: epochs is '5': pass a whole number"),
+    ('epochs = 2.5', TypeError, 'epochs is 2.5'), ('epochs = true', TypeError, 'epochs is True'),
+    ('sa = 1', TypeError, 'sa is 1: pass a true or false'),
+    ('size = 0', ValueError, 'x.toml: size is 0'), ('size = 100000', ValueError, 'size is 100000'),
+    ('lr = inf', ValueError, 'lr is inf'), ('lr = 0', ValueError, 'lr is 0'), ('mom = 1', ValueError, 'mom is 1'),
+    ('smoothing = -0.1', ValueError, 'smoothing is -0.1'),
     ('mixup = -1', ValueError, 'mixup is -1'), ('source = "128"', ValueError, "source is '128'"), ('arms = "relu"', TypeError, "arms is 'relu'"),
     ('seeds = 0', ValueError, 'seeds is 0'), ('base = "none.toml"', ValueError, 'cannot be read'), ('base = 3', TypeError, 'base is 3'),
     ('base = "x.toml"', ValueError, 'leads back'), ('opt = "sgd"\nsqrmom = 0.99', ValueError, 'sqrmom is 0.99, which sgd does not have'),
-    ('beta = 0.5', ValueError, 'which adam does not have'), ('size = ', ValueError, 'x.toml is not TOML'), ('pool = "MaxBlurPool"', ValueError, "pool is 'MaxBlurPool'"),
+    ('beta = 0.5', ValueError, 'which adam does not have'),
+    ('size = ', ValueError, 'x.toml is not TOML'), ('pool = "MaxBlurPool"', ValueError, "pool is 'MaxBlurPool'"),
     ('schedule = "step"', ValueError, "schedule is 'step'")])
 def test_what_a_recipe_cannot_say_is_named_with_its_file(text, error, words, tmp_path):
     with pytest.raises(error, match=re.escape(words)): read_recipe(write(tmp_path, x=text)/'x.toml')
@@ -71,7 +76,8 @@ def test_a_command_line_goes_before_the_file_and_the_file_before_its_base(tmp_pa
 
 
 def test_every_field_changes_the_digest():
-    other = dict(data='x', source='160', arch='xresnet34', epochs=2, size=29, bs=3, lr=1., schedule='flat_cos', opt='ranger', mom=.5, sqrmom=.5, eps=1e-3, wd=0.,
+    other = dict(data='x', source='160', arch='xresnet34', epochs=2, size=29, bs=3, lr=1.,
+                 schedule='flat_cos', opt='ranger', mom=.5, sqrmom=.5, eps=1e-3, wd=0.,
                  smoothing=.1, mixup=.1, sh=.1, sa=True, sym=True, pool='MaxPool', fp16=True)
     digests = {Recipe(**{k: v}).digest('f') for k, v in other.items()} | {Recipe(opt='ranger', beta=1.).digest('f'), Recipe().digest('f')}
     assert set(other) | {'beta'} == {o.name for o in fields(Recipe)} and len(digests) == len(other) + 2
@@ -81,8 +87,11 @@ def test_integers_and_floats_of_one_value_are_one_recipe():
     assert Recipe(lr=1).digest('f') == Recipe(lr=1.).digest('f') != Recipe(lr=2).digest('f')
 
 
-@pytest.mark.parametrize('arm,words', [('relu+averages', 'after an arm that learns'), ('learned+freeze+averages', 'in this order'), ('learned+averages+averages', 'after an arm'),
-                                       ('torch.nn.Linear+freeze', 'after an arm that learns'), ('learned+', 'after an arm'), ('', "arm is ''"), ('torch.nn', "'torch.nn' is no nn.Module class")])
+@pytest.mark.parametrize('arm,words', [
+    ('relu+averages', 'after an arm that learns'), ('learned+freeze+averages', 'in this order'),
+    ('learned+averages+averages', 'after an arm'),
+    ('torch.nn.Linear+freeze', 'after an arm that learns'), ('learned+', 'after an arm'), ('', "arm is ''"),
+    ('torch.nn', "'torch.nn' is no nn.Module class")])
 def test_arms_that_cannot_be(arm, words):
     with pytest.raises(ValueError, match=re.escape(words)): arm_patch(arm)
 

@@ -25,5 +25,6 @@ fit(learn, recipe)
 say = dict(rank=rank_distrib(), processes=num_distrib(), first=first(), seen=seen, state=state_digest(learn.model), half=half[0],
            params=[o.param.tolist() for o in act_params(learn.model)], telemetry=len(learn.act_telemetry.frame()),
            averaged=[int(o.num_averaged) for o in act_layers(learn.model).values()],
-           averages=[getattr(o.layer, f'{o.kind}_avg').tolist() for o in act_params(learn.model)], loaders=[type(o).__name__ for o in learn.dls.loaders])
+           averages=[getattr(o.layer, f'{o.kind}_avg').tolist() for o in act_params(learn.model)],
+           loaders=[type(o).__name__ for o in learn.dls.loaders])
 (out/f'{rank_distrib()}.json').write_text(json.dumps(say))
