@@ -1,6 +1,7 @@
 "Every public name of the library."
 from learned_relu.act_layer import *
 from learned_relu.batchnorm import *
+from learned_relu.bench.cache import *
 from learned_relu.bench.cli import *
 from learned_relu.bench.data import *
 from learned_relu.bench.recipe import *

@@ -7,21 +7,22 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.data.html.md"""
 # %% auto #0
 __all__ = ['urls', 'find_images', 'image_dls', 'mnist_dls']
 
-# %% ../../nbs/api/31_bench.data.ipynb #99744643
+# %% ../../nbs/api/31_bench.data.ipynb #3b4b0868
 import hashlib
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import URLs, untar_data
-from fastai.data.transforms import GrandparentSplitter, Normalize, get_image_files, parent_label
+from fastai.data.transforms import GrandparentSplitter, IntToFloatTensor, Normalize, get_image_files, parent_label
 from fastai.torch_core import default_device
 from fastai.vision.augment import FlipItem, RandomResizedCrop
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
+from fasttransform.transform import Transform
 from torch.utils.data import TensorDataset
 
 # %% ../../nbs/api/31_bench.data.ipynb #50c72a69
@@ -49,16 +50,22 @@ def find_images(
     listing = '\n'.join(f'{o.relative_to(path).as_posix()} {o.stat().st_size}' for o in files)
     return path, files, hashlib.sha256(listing.encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/31_bench.data.ipynb #e343162d
+# %% ../../nbs/api/31_bench.data.ipynb #bbb35ccb
+class _Open(Transform):
+    def __init__(self, images): super().__init__(); self.images = images
+    def encodes(self, file): return self.images.open(file)
+
 def image_dls(
     path:Path, # folder with `train/` and `val/`
     files:list, # images in it
     size:int, # side of the square images, in pixels
     bs:int, # batch size
     num_workers:int=2, # processes that load images
+    images=None, # `DecodedImages` to take them from; None: decode each time, to the same batches
 ) -> DataLoaders:
     "Data loaders of a folder of images; seed Python and torch before, and batches and augmentations repeat."
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label,
+    source = TransformBlock(_Open(images), batch_tfms=IntToFloatTensor) if images else ImageBlock
+    block = DataBlock((source, CategoryBlock), get_items=lambda _: files, get_y=parent_label,
                       splitter=GrandparentSplitter(valid_name='val'), item_tfms=[RandomResizedCrop(size, min_scale=.35), FlipItem(.5)],
                       batch_tfms=Normalize.from_stats(*imagenet_stats))
     return block.dataloaders(path, bs=bs, num_workers=num_workers)

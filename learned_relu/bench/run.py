@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.run.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'Source', 'BatchDigest', 'weights_digest', 'commit', 'peak_memory', 'train_run']
 
-# %% ../../nbs/api/32_bench.run.ipynb #7d38f6a2
+# %% ../../nbs/api/32_bench.run.ipynb #c24b0130
 import hashlib
 import platform
 import resource
@@ -27,17 +27,19 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 
 import learned_relu
+from .cache import decode_images
 from .data import find_images, image_dls, mnist_dls
 from .recipe import Recipe, arm_cbs, arm_model, opts
 from ..params import act_params, activation_weights
 
-# %% ../../nbs/api/32_bench.run.ipynb #9c392e93
+# %% ../../nbs/api/32_bench.run.ipynb #c2efbe8f
 class Source:
     "The data of a comparison: found and checked once, made into equal data loaders for every run."
     def __init__(self,
         data:str, # 'mnist', 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/`
         size:int, # side of the square images, in pixels
         skip_unreadable:bool=False, # leave out images that cannot be read, instead of raising
+        cache:bool=True, # decode all images once, into a file that later runs share
     ):
         self.size,self.files = size,None
         if data == 'mnist':
@@ -46,6 +48,7 @@ class Source:
         else:
             self.path,self.files,self.fingerprint = find_images(data, size, skip_unreadable)
             self.name,self.n_train = self.path.resolve().name,sum(self.path/'train' in o.parents for o in self.files)
+            self.images = decode_images(self.path, self.files, self.fingerprint) if cache else None
 
     def check_bs(self,
         bs:int, # batch size
@@ -58,7 +61,7 @@ class Source:
     ): # `DataLoaders`
         "Fresh data loaders; seed before."
         self.check_bs(bs)
-        return mnist_dls(self.size, bs)[0] if self.files is None else image_dls(self.path, self.files, self.size, bs)
+        return mnist_dls(self.size, bs)[0] if self.files is None else image_dls(self.path, self.files, self.size, bs, images=self.images)
 
 class BatchDigest(Callback):
     "Keep a digest of the batches that were trained on."
