@@ -2,6 +2,7 @@
 from learned_relu.act_layer import *
 from learned_relu.batchnorm import *
 from learned_relu.bench.arms import *
+from learned_relu.bench.cache import *
 from learned_relu.bench.cli import *
 from learned_relu.bench.data import *
 from learned_relu.bench.distributed import *

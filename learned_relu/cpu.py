@@ -28,7 +28,7 @@ from torch import Tensor
 from .cpp import source
 from .layout import Layout, in_memory_order, layout_of
 
-# %% ../nbs/api/00_cpu.ipynb #41e93c58
+# %% ../nbs/api/00_cpu.ipynb #f7e9b62d
 _names = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bfloat16'}
 
 def _flags():
@@ -36,7 +36,7 @@ def _flags():
     return ['-std=c++17', '-O3', *fast, '-ffp-contract=off', '-fno-trapping-math', '-fno-math-errno', '-fno-exceptions', '-Wno-psabi', '-fPIC', '-shared', '-nostdlib']
 
 def cache_dir() -> Path: # `learned_relu` under `$XDG_CACHE_HOME`, by default `~/.cache`
-    "Where compiled kernels are kept."
+    "Where compiled kernels and decoded images are kept."
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'learned_relu'
 
 def compiled(

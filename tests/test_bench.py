@@ -21,6 +21,14 @@ WOOF = Path(__file__).resolve().parents[2]/'shared'/'data'/'imagewoof2-160.tgz'
 def run(*args, **kwargs): return subprocess.run([*CMD, *map(str, args)], capture_output=True, text=True, **kwargs)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def cache(tmp_path_factory):
+    "What the commands keep, kernels and decoded images, goes with the tests"
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
     "A folder of noise in two classes"

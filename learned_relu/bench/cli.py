@@ -64,7 +64,7 @@ def compare(
         _remove_empty(Path(out)/'checkpoints')
         return save_report([have[f] for f,*_ in todo], out) if first() else ''
 
-# %% ../../nbs/api/35_bench.cli.ipynb #aa2fa8aa
+# %% ../../nbs/api/35_bench.cli.ipynb #6fc223ba
 def recipe_options(
     f, # function with `**kwargs`
 ): # the same function, with the signature that a command line shows
@@ -90,12 +90,13 @@ def run_arms(
     out:str, # directory for records, table and page
     skip_unreadable:bool=False, # leave out images that cannot be read
     workers:int=2, # processes that load images
+    cache:bool=True, # decode all images once, into a file that later runs share
 ):
     "Train and report as a command does: errors are one line, and an interrupt says how to go on."
     try:
         if not arms: raise ValueError('arms is empty: name one at least, for example --arms relu,learned')
         for o in arms: arm_patch(o) # the cheap checks first
-        source = Source(recipe.data, recipe.size, recipe.source, skip_unreadable, workers)
+        source = Source(recipe.data, recipe.size, recipe.source, skip_unreadable, workers, cache)
         text = compare(arms, seeds, source, replace(recipe, data=source.name), out)
     except (ValueError, TypeError, ImportError) as e: sys.exit(f'error: {e}')
     except KeyboardInterrupt: sys.exit(f'stopped: finished runs and epochs are kept in {out}, and the same command goes on from there')
@@ -117,6 +118,7 @@ def learned_relu_compare(
     out:str=None, # directory for records, table and page; runs/ and the name of the recipe or of the data by default
     skip_unreadable:bool=False, # leave out images that cannot be read
     workers:int=2, # processes that load images
+    cache:bool=True, # decode images once, into a file that later runs share, or, with --no-cache, each time
     **kwargs
 ):
     "Compare activations: train each arm with each seed, paired, and report."
@@ -125,4 +127,4 @@ def learned_relu_compare(
     names = [o.strip() for o in arms.split(',') if o.strip()] if arms is not None else plan.arms or ('relu', 'general', 'learned')
     n = seeds if seeds is not None else plan.seeds or 3
     if n < 1: sys.exit(f'error: seeds is {n}: pass a count, 1 or more')
-    run_arms(list(dict.fromkeys(names)), list(range(n)), how, out or out_dir(recipe, how.data), skip_unreadable, workers)
+    run_arms(list(dict.fromkeys(names)), list(range(n)), how, out or out_dir(recipe, how.data), skip_unreadable, workers, cache)

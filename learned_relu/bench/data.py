@@ -7,21 +7,22 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.data.html.md"""
 # %% auto #0
 __all__ = ['urls', 'find_images', 'image_dls', 'mnist_dls']
 
-# %% ../../nbs/api/31_bench.data.ipynb #f4b53c98
+# %% ../../nbs/api/31_bench.data.ipynb #00cfe771
 import hashlib
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import URLs, untar_data
-from fastai.data.transforms import GrandparentSplitter, Normalize, get_image_files, parent_label
+from fastai.data.transforms import GrandparentSplitter, IntToFloatTensor, Normalize, get_image_files, parent_label
 from fastai.torch_core import default_device
 from fastai.vision.augment import FlipItem, RandomErasing, RandomResizedCrop
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
+from fasttransform.transform import Transform
 from torch.utils.data import TensorDataset
 
 # %% ../../nbs/api/31_bench.data.ipynb #074b753f
@@ -50,7 +51,11 @@ def find_images(
     listing = '\n'.join(f'{o.relative_to(path).as_posix()} {o.stat().st_size}' for o in files)
     return path, files, hashlib.sha256(listing.encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/31_bench.data.ipynb #574bd3ea
+# %% ../../nbs/api/31_bench.data.ipynb #34ed29a5
+class _Open(Transform):
+    def __init__(self, images): super().__init__(); self.images = images
+    def encodes(self, file): return self.images.open(file)
+
 def image_dls(
     path:Path, # folder with `train/` and `val/`
     files:list, # images in it
@@ -58,9 +63,11 @@ def image_dls(
     bs:int, # batch size
     num_workers:int=2, # processes that load images
     sh:float=0., # largest share of an image that random erasing takes, in [0, 1); 0 for none
+    images=None, # `DecodedImages` to take them from; None: decode each time, to the same batches
 ) -> DataLoaders:
     "Data loaders of a folder of images; seed Python and torch before, and batches and augmentations repeat."
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label,
+    source = TransformBlock(_Open(images), batch_tfms=IntToFloatTensor) if images else ImageBlock
+    block = DataBlock((source, CategoryBlock), get_items=lambda _: files, get_y=parent_label,
                       splitter=GrandparentSplitter(valid_name='val'), item_tfms=[RandomResizedCrop(size, min_scale=.35), FlipItem(.5)],
                       batch_tfms=[Normalize.from_stats(*imagenet_stats), *([RandomErasing(p=.3, max_count=3, sh=sh)] if sh else [])])
     return block.dataloaders(path, bs=bs, num_workers=num_workers)

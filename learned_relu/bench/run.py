@@ -8,7 +8,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.run.html.md"""
 __all__ = ['FORMAT', 'Source', 'BatchDigest', 'weights_digest', 'commit', 'peak_memory', 'state_digest', 'make_learner', 'fit',
            'train_run']
 
-# %% ../../nbs/api/32_bench.run.ipynb #49e9f144
+# %% ../../nbs/api/32_bench.run.ipynb #49029e56
 import hashlib
 import platform
 import resource
@@ -30,6 +30,7 @@ from fastai.torch_core import num_distrib, set_seed
 
 import learned_relu
 from .arms import arm_cbs, arm_model
+from .cache import decode_images
 from .data import find_images, image_dls, mnist_dls
 from .distributed import on_all_processes
 from .recipe import Recipe
@@ -37,7 +38,7 @@ from .resume import EpochCheckpoint, random_states, set_random_states
 from ..init import caps_from_data
 from ..params import act_params, activation_weights
 
-# %% ../../nbs/api/32_bench.run.ipynb #250d14ca
+# %% ../../nbs/api/32_bench.run.ipynb #0f1d2432
 class Source:
     "The data of a comparison: found and checked once, made into equal data loaders for every run."
     def __init__(self,
@@ -46,6 +47,7 @@ class Source:
         source:str='', # which of its images: '160', '320' or 'full'; '' for the published choice, 320 up to 224 px
         skip_unreadable:bool=False, # leave out images that cannot be read, instead of raising
         workers:int=2, # processes that load images
+        cache:bool=True, # decode all images once, into a file that later runs share
     ):
         self.size,self.files,self.workers = size,None,workers
         if data == 'mnist':
@@ -54,6 +56,7 @@ class Source:
         else:
             self.path,self.files,self.fingerprint = find_images(data, source or ('320' if size <= 224 else 'full'), skip_unreadable)
             self.name,self.n_train = self.path.resolve().name,sum(self.path/'train' in o.parents for o in self.files)
+            self.images = decode_images(self.path, self.files, self.fingerprint) if cache else None
 
     def check_bs(self,
         bs:int, # batch size
@@ -67,7 +70,7 @@ class Source:
     ): # `DataLoaders`
         "Fresh data loaders; seed before."
         self.check_bs(bs)
-        if self.files is not None: return image_dls(self.path, self.files, self.size, bs, self.workers, sh)
+        if self.files is not None: return image_dls(self.path, self.files, self.size, bs, self.workers, sh, self.images)
         if sh: raise ValueError(f'sh is {sh}, but digits are not augmented: leave it out')
         return mnist_dls(self.size, bs)[0]
 

@@ -16,7 +16,7 @@ from fastcore.script import call_parse
 from .arms import arm_model, arm_patch
 from .cli import out_dir, planned, recipe_options, run_arms
 
-# %% ../../nbs/api/36_bench.train.ipynb #efdf9ec0
+# %% ../../nbs/api/36_bench.train.ipynb #806e6ea9
 @call_parse
 @recipe_options
 def learned_relu_train(
@@ -30,6 +30,7 @@ def learned_relu_train(
     out:str=None, # directory for records, table and page; runs/ and the name of the recipe or of the data by default
     skip_unreadable:bool=False, # leave out images that cannot be read
     workers:int=2, # processes that load images
+    cache:bool=True, # decode images once, into a file that later runs share, or, with --no-cache, each time
     **kwargs
 ):
     "Train one arm and write its record."
@@ -43,4 +44,4 @@ def learned_relu_train(
     if dump:
         set_seed(seed)
         return print(arm_model(arm, how, 10, 1 if how.data == 'mnist' else 3))
-    run_arms([arm], list(range(seed, seed+runs)), how, out or out_dir(recipe, how.data), skip_unreadable, workers)
+    run_arms([arm], list(range(seed, seed+runs)), how, out or out_dir(recipe, how.data), skip_unreadable, workers, cache)

@@ -1,0 +1,232 @@
+"Decoded once: the same batches bit by bit, and a file that is whole or not there."
+import errno
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fastai.torch_core import set_seed
+from fastai.vision.core import PILImage
+from PIL import Image
+from torch import nn
+
+from learned_relu.bench.cache import decode_images, loader_share
+from learned_relu.bench.data import find_images, image_dls
+from learned_relu.bench.run import Source
+
+SLOWLY = """import sys, time
+from learned_relu.bench import cache
+from learned_relu.bench.data import find_images
+write = cache._write
+def late(*args): write(*args); time.sleep(.1)
+cache._write = late
+cache.decode_images(*find_images(sys.argv[1]), sys.argv[2])"""
+
+
+def pictures(path, n, sides=(30, 60)):
+    "Images of every kind that `PILImage.create` makes RGB, each of its own size"
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        file = path/('train', 'val')[i % 3 == 2]/'ab'[i % 2]/str(i)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        h, w = rng.integers(*sides, 2)
+        x = Image.fromarray(rng.integers(0, 256, (h, w, 4), dtype=np.uint8), 'RGBA')
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned by a quarter
+        rgb = x.convert('RGB')
+        kinds = [lambda: rgb.save(f'{file}.jpg'), lambda: rgb.save(f'{file}.png'), lambda: x.convert('L').save(f'{file}.jpg'),
+                 lambda: rgb.convert('P').save(f'{file}.png'), lambda: x.save(f'{file}.png'), lambda: x.convert('CMYK').save(f'{file}.jpg'),
+                 lambda: rgb.save(f'{file}.jpg', exif=exif), lambda: x.convert('LA').save(f'{file}.png')]
+        kinds[i % len(kinds)]()
+    return path
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return pictures(tmp_path_factory.mktemp('pictures'), 72)
+
+
+def same(images, files):
+    assert len(images) == len(files)
+    for i, o in enumerate(files): assert np.array_equal(np.asarray(images[i]), np.asarray(PILImage.create(o)))
+
+
+def epoch(path, files, images, workers):
+    set_seed(3)
+    dls = image_dls(path, files, 32, 8, num_workers=workers, images=images)
+    return [b for dl in dls for _ in range(2) for b in dl]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_are_the_same_bit_by_bit(folder, tmp_path, workers):
+    path, files, mark = find_images(folder)
+    images = decode_images(path, files, mark, tmp_path)
+    same(images, files)
+    for f in files: assert type(images.open(f)) is PILImage
+    assert len({tuple(o) for o in images.sizes}) > 40 and images[-1].size == images[len(files)-1].size
+    plain, mapped = (epoch(path, files, o, workers) for o in (None, images))
+    assert len(plain) == 2*(48//8 + 24//8) and len({x.sum().item() for x, _ in plain[:6]}) == 6
+    for (x, y), (a, b) in zip(plain, mapped, strict=True):
+        assert torch.equal(x, a) and torch.equal(y, b) and type(x) is type(a) and x.stride() == a.stride()
+
+
+def test_after_the_first_time_no_file_is_decoded(folder, tmp_path, monkeypatch, capsys):
+    path, files, mark = find_images(folder)
+    decode_images(path, files, mark, tmp_path)
+    assert capsys.readouterr().out.startswith('Decoding 72 images once')
+    def refuse(*_): raise AssertionError('decoded again')
+    monkeypatch.setattr(Image, 'open', refuse)
+    images = decode_images(path, files, mark, tmp_path)
+    for x, _ in epoch(path, files, images, 0): assert len(x)
+    assert capsys.readouterr().out == ''
+
+
+def test_a_killed_decode_leaves_nothing_that_looks_finished(tmp_path):
+    path, files, mark = find_images(pictures(tmp_path/'p', 48, (400, 500)))
+    child = subprocess.Popen([sys.executable, '-c', SLOWLY, path, tmp_path/'c'], stdout=subprocess.PIPE, text=True)
+    while not list((tmp_path/'c').glob('*.tmp')) or next((tmp_path/'c').glob('*.tmp')).stat().st_size < 1_000_000:
+        assert child.poll() is None
+        time.sleep(.01)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL and list((tmp_path/'c').glob('*.tmp')) and not list((tmp_path/'c').glob('*.rgb'))
+    same(decode_images(path, files, mark, tmp_path/'c'), files)
+    assert not list((tmp_path/'c').glob('*.tmp'))
+
+
+def test_two_processes_at_once_decode_once(tmp_path):
+    path, files, mark = find_images(pictures(tmp_path/'p', 48, (300, 400)))
+    both = [subprocess.Popen([sys.executable, '-c', SLOWLY, path, tmp_path/'c'], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [o.communicate()[0] for o in both]
+    assert [o.returncode for o in both] == [0, 0] and sorted(o.count('Decoding') for o in said) == [0, 1]
+    same(decode_images(path, files, mark, tmp_path/'c'), files)
+
+
+@pytest.mark.parametrize('harm,words', [
+    (lambda b: b[:-1], 'bytes instead of'), (lambda b: b[:70], 'damaged index'), (lambda b: b + b'more', 'bytes instead of'),
+    (lambda b: b'', 'other images'), (lambda b: b'GIF89a' + b[6:], 'other images'),
+    (lambda b: b[:70] + bytes([b[70] ^ 1]) + b[71:], 'damaged index')])
+def test_a_truncated_or_foreign_file_is_written_again(folder, tmp_path, capsys, harm, words):
+    path, files, mark = find_images(folder)
+    images = decode_images(path, files, mark, tmp_path)
+    images.path.write_bytes(harm(images.path.read_bytes()))
+    with pytest.raises(ValueError, match=words): images[0]
+    capsys.readouterr()
+    same(decode_images(path, files, mark, tmp_path), files)
+    said = capsys.readouterr().out
+    assert words in said and 'so it is written again' in said
+
+
+def test_an_image_that_changed_but_kept_its_length_is_decoded_again(tmp_path, capsys):
+    path, files, mark = find_images(pictures(tmp_path/'p', 12))
+    decode_images(path, files, mark, tmp_path/'c')
+    for o in files[:2]: Image.new('RGB', (7, 5), ('red', 'blue')[o is files[0]]).save(o.with_suffix('.bmp')), o.unlink()
+    path, files, mark = find_images(path)
+    bmp = [o for o in files if o.suffix == '.bmp']
+    decode_images(path, files, mark, tmp_path/'c')
+    Image.new('RGB', (7, 5), 'green').save(bmp[0])
+    os.utime(bmp[0], (1, 1))
+    assert find_images(path)[2] == mark
+    same(decode_images(path, files, mark, tmp_path/'c'), files)
+    assert 'is of other images, so it is written again' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('when', ['before', 'while writing'])
+def test_a_full_disk_is_refused_in_words(folder, tmp_path, monkeypatch, when):
+    path, files, mark = find_images(folder)
+    if when == 'before': monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=300_000))
+    else:
+        pwrite, calls = os.pwrite, []
+        def full(fd, data, offset):
+            calls.append(offset)
+            if len(calls) > 20: raise OSError(errno.ENOSPC, 'No space left on device')
+            return pwrite(fd, data, offset)
+        monkeypatch.setattr(os, 'pwrite', full)
+    with pytest.raises(ValueError, match='images take 0.4 MB.*make room, let XDG_CACHE_HOME') as e: decode_images(path, files, mark, tmp_path)
+    assert str(tmp_path) in str(e.value) and ('No space left' in str(e.value) or '0.3 MB free' in str(e.value))
+    assert {o.suffix for o in tmp_path.iterdir()} <= {'.lock'}
+    monkeypatch.undo()
+    same(decode_images(path, files, mark, tmp_path), files)
+
+
+def test_short_writes_are_completed(folder, tmp_path, monkeypatch):
+    path, files, mark = find_images(folder)
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, 'pwrite', lambda fd, data, offset: pwrite(fd, data[:777], offset))
+    same(decode_images(path, files, mark, tmp_path), files)
+
+
+@pytest.mark.parametrize('how', ['not an image', 'cut short'])
+def test_an_unreadable_image_is_named(tmp_path, how):
+    path, files, mark = find_images(pictures(tmp_path/'p', 12, (100, 120)))
+    files[4].write_bytes(b'no image' if how == 'not an image' else files[4].read_bytes()[:-3000])
+    with pytest.raises(ValueError, match=f'{files[4]} cannot be read .*: mend it'): decode_images(path, files, mark, tmp_path/'c')
+    assert not list((tmp_path/'c').glob('*.tmp'))
+
+
+def test_a_directory_that_cannot_be_written_is_named(folder, tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(ValueError, match='file/images cannot be written .*XDG_CACHE_HOME'):
+        decode_images(*find_images(folder), tmp_path/'file'/'images')
+
+
+def pixels(images, i): return images[i].tobytes()
+
+
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+def test_a_pickle_carries_no_pixels_and_opens_in_another_process(folder, tmp_path, method):
+    path, files, mark = find_images(folder)
+    images = decode_images(path, files, mark, tmp_path)
+    expected = images[7].tobytes()
+    assert len(pickle.dumps(images)) < images.sizes.prod(1).sum()/10
+    assert pickle.loads(pickle.dumps(images))[7].tobytes() == expected
+    with get_context(method).Pool(1) as pool: assert pool.apply(pixels, (images, 7)) == expected
+
+
+def test_a_file_outside_the_map_is_decoded(folder, tmp_path):
+    path, files, mark = find_images(folder)
+    images = decode_images(path, files[1:], mark, tmp_path)
+    assert np.array_equal(np.asarray(images.open(files[0])), np.asarray(PILImage.create(files[0])))
+
+
+def test_a_source_builds_the_map_where_xdg_says(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    assert Source(folder, 32, cache=False).images is None and not list(tmp_path.iterdir())
+    source = Source(folder, 32)
+    assert [o.suffix for o in sorted((tmp_path/'learned_relu'/'images').iterdir())][-1] == '.rgb'
+    def first(source): set_seed(0); return source.dls(8).train.one_batch()[0]
+    plain = first(Source(folder, 32, cache=False))
+    def refuse(*_): raise AssertionError('decoded again')
+    monkeypatch.setattr(Image, 'open', refuse)  # in the workers too, which are forked
+    assert torch.equal(first(source), plain)
+
+
+class Sleepy:
+    "A loader whose batches take 30 ms"
+    device = torch.device('cpu')
+    def __init__(self, n=8): self.train = self; self.n = n
+    def __len__(self): return self.n
+    def __iter__(self):
+        for _ in range(self.n): time.sleep(.03); yield torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+
+
+class Slow(nn.Linear):
+    "A model that takes 60 ms"
+    def forward(self, x): time.sleep(.06); return super().forward(x.flatten(1))
+
+
+def test_the_share_of_loading_is_measured():
+    model = Slow(192, 2)
+    before = [o.clone() for o in model.parameters()]
+    got = loader_share(Sleepy(), model, 5)
+    assert got['images'] == 20 and .0075 <= got['wait'] and .015 <= got['step'] and abs(got['share'] - got['wait']/(got['wait'] + got['step'])) < 1e-9
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert loader_share(Sleepy(), model, 50)['images'] == 24
+    with pytest.raises(ValueError, match='has 2 batch'): loader_share(Sleepy(2), model)
