@@ -45,6 +45,8 @@ def main(
     "Time the loader alone and within training, in turns, and say where its time goes"
     path, files, mark = find_images(folder)
     files = files[::every]
+    out = Path(out)
+    out.mkdir(parents=True)
     began, rows, ratios = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), [], []
     with tempfile.TemporaryDirectory() as d:
         tick = time.perf_counter()
@@ -82,8 +84,6 @@ def main(
             with cProfile.Profile() as profile: n = sum(len(x) for x, _ in dls.train)
             print(f'\n{name}: {n} images, num_workers=0', file=report)
             pstats.Stats(profile, stream=report).strip_dirs().sort_stats('tottime').print_stats(18)
-    out = Path(out)
-    out.mkdir(parents=True)
     (out/'profile.txt').write_text('\n'.join(o.rstrip() for o in report.getvalue().splitlines()) + '\n')
     hardware = dict(device='cpu', machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads())
     versions = dict(python=platform.python_version(), pillow=PIL.__version__, **{o: version(o) for o in ('torch', 'fastai', 'learned_relu')})

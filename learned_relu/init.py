@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .params import act_layers
 from .trace import uncompiled
 
-# %% ../nbs/api/06_init.ipynb #03694195
+# %% ../nbs/api/06_init.ipynb #10041433
 def _quantile(y, layer, share):
     rows = y.movedim(layer.channel_dim, 0).flatten(1) if layer.num_parameters > 1 else y.flatten()[None]
     return rows.float().kthvalue(max(1, math.ceil((1 - share)*rows.shape[1])), 1).values
@@ -27,10 +27,11 @@ def caps_from_data(
     x:Tensor, # a batch of its inputs, as in training
     share:float=.01, # of the elements, that is to be clipped at the start, in (0, 0.5]
 ) -> dict: # name of the layer -> its caps, `(num_parameters,)`
-    "Start each `maxv` where `share` of this batch is clipped; everything else stays as it was. `ValueError` where nothing learns `maxv`."
+    "Start each `maxv` where `share` of this batch is clipped, and reset averages; all else stays as it was. `ValueError` where nothing learns `maxv`."
     if not 0 < share <= .5: raise ValueError(f'share is {share}: pass a number in (0, 0.5]')
     layers = {n: m for n,m in act_layers(model).items() if 'maxv' in m.learn}
     if not layers: raise ValueError('No layer of the model learns maxv: patch it with LearnedRelu first')
+    olds = {m: m.maxv.clone() for m in layers.values()}
     done,buffers,training = {},[(b, b.clone()) for b in model.buffers()],[(m, m.training) for m in model.modules()]
     def start(m, args):
         if m in done: return
@@ -41,6 +42,9 @@ def caps_from_data(
     hooks = [m.register_forward_pre_hook(start) for m in layers.values()]
     try:
         with torch.random.fork_rng([o.index for o in {p.device for p in model.parameters() if p.is_cuda}]), uncompiled(model): model.train()(x)
+    except BaseException:
+        for m,old in olds.items(): m.maxv.copy_(old)
+        raise
     finally:
         for h in hooks: h.remove()
         for m,mode in training: m.training = mode

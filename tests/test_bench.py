@@ -1,17 +1,20 @@
 "Runs in pairs, records that survive, and the commands as a shell calls them."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from learned_relu.bench.cli import learned_relu_compare
 from learned_relu.bench.record import read_record
+from learned_relu.bench.run import Source
 
 CMD = [str(Path(sys.executable).with_name('learned_relu_compare'))]
 SMALL = '--size 16 --bs 8 --epochs 1'.split()
@@ -67,6 +70,22 @@ def test_the_same_command_again_trains_nothing(finished):
     before = {o: o.stat().st_mtime_ns for o in (out/'records').iterdir()}
     assert run(*args, out, check=True).stdout.count('finished before') == 4
     assert before == {o: o.stat().st_mtime_ns for o in (out/'records').iterdir()}
+
+
+def test_a_run_more_joins_the_report(finished, tmp_path):
+    out, args, _ = finished
+    shutil.copytree(out, tmp_path/'o')
+    train = Path(CMD[0]).with_name('learned_relu_train')
+    subprocess.run([str(o) for o in (train, *args[:-5], '--arm', 'relu', '--seed', 2, '--out', tmp_path/'o')], check=True, capture_output=True)
+    table = pd.read_csv(tmp_path/'o'/'table.csv').set_index('arm')
+    assert table.loc['relu', 'n'] == 3 and table.loc['learned', 'n'] == 2 and table.loc['learned', 'vs relu n'] == 2
+
+
+def test_a_batch_has_to_be_there_for_every_process(images, monkeypatch):
+    Source(images, 16, cache=False).check_bs(24)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='bs is 13, but there are only 12 images in training for each process'):
+        Source(images, 16, cache=False).check_bs(13)
 
 
 def test_every_arm_trains_from_the_same_start(images, tmp_path):

@@ -395,3 +395,16 @@ def test_paths_that_cannot_be(tmp_path):
 def test_the_first_paragraph_is_neither_heading_nor_code_nor_table():
     assert first_paragraph('# A\n\n```sh\nls\n\npwd\n```\n\n| a |\n| - |\n\nsome\ntext\n\nmore') == 'some text'
     assert first_paragraph('') == first_paragraph('# only\n') == ''
+
+
+def test_an_earlier_report_among_the_records_is_no_record(tmp_path):
+    shutil.copytree(REAL/'2026-11-21-digits-family', tmp_path/'runs'/'digits')
+    for _ in range(2): learned_relu_report(str(tmp_path/'runs'), str(tmp_path/'runs'/'report'))
+    assert 'digits' in (tmp_path/'runs'/'report'/'index.html').read_text() and not (tmp_path/'runs'/'report'/'report').exists()
+
+
+def test_runs_that_are_no_pair_are_told_and_not_timed():
+    others = [*RECORDS[:4], record('learned', 1, .61, 9., pair='other'), record('learned', 2, .61, 9., pair='other')]
+    df = table(others)
+    row = readable(df).set_index('arm').loc['learned']
+    assert row['n'] == '3, 1 paired' and df.set_index('arm').loc['learned', 'time ratio'] == pytest.approx(3.)

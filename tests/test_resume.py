@@ -18,7 +18,7 @@ from PIL import Image
 from learned_relu.bench.cli import learned_relu_compare
 from learned_relu.bench.recipe import Recipe
 from learned_relu.bench.record import in_use, read_record, records_dir, write_record
-from learned_relu.bench.resume import EpochCheckpoint
+from learned_relu.bench.resume import EpochCheckpoint, random_states
 from learned_relu.bench.run import Source, train_run
 from learned_relu.callback.clamp import ClampActParams
 
@@ -105,11 +105,12 @@ def test_what_was_put_back_is_counted_over_the_interruption():
     with quiet(learn), pytest.warns(UserWarning, match='put back'): learn.fit(1)
     state = learn.clamp_act_params.state_dict()
     assert learn.clamp_act_params.restored == 1
-    again = learner()
-    with quiet(again), pytest.warns(UserWarning, match='put back'):
-        again.fit(1)
-        again.clamp_act_params.load_state_dict(state)
-    assert again.clamp_act_params.restored == 1 and state['counts'] is not again.clamp_act_params._counts
+    class Continue(Callback):
+        order = EpochCheckpoint.order
+        def before_train(self): self.learn.clamp_act_params.load_state_dict(dict(counts=state['counts'] + 4))
+    again = learner(Continue())
+    with quiet(again), pytest.warns(UserWarning, match='put back: 6 values'): again.fit(1)
+    assert again.clamp_act_params.restored == 6 and learn.clamp_act_params.restored == 1
 
 
 def checkpoint(tmp_path, images, monkeypatch, arm='relu'):
@@ -149,6 +150,28 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match='run.pt cannot be written .* free some space'):
         train_run('relu', 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
     assert file.read_bytes() == before and [o.name for o in tmp_path.iterdir()] == ['run.pt']
+
+
+def test_a_full_disk_within_a_run_is_one_line_too(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(SystemExit, match=r'^error: relu-seed0-\w+.pt cannot be written'):
+        learned_relu_compare(data=str(images), arms='relu', seeds=1, size=16, bs=8, out=tmp_path)
+    assert not list((tmp_path/'checkpoints').iterdir())
+
+
+def test_another_number_of_workers_is_another_run(images, tmp_path, monkeypatch):
+    file = checkpoint(tmp_path, images, monkeypatch)
+    with pytest.raises(ValueError, match="is the checkpoint of another run, .*'workers': 2.*'workers': 0"):
+        train_run('relu', 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16, workers=0), checkpoint=file)
+
+
+def test_the_scaler_of_mixed_precision_is_gone_after_the_fit():
+    keep = EpochCheckpoint()
+    learn = make(keep)
+    learn.scaler = None # as MixedPrecision leaves it
+    keep._rest = dict(callbacks={}, scaler=dict(scale=2.), smooth=(1, torch.tensor(0.)), random=[random_states(learn.dls)])
+    with quiet(learn): learn.fit(1)
+    assert keep._rest is None and learn.recorder.smooth_loss.count > 1
 
 
 def test_a_disk_that_is_full_keeps_finished_records(tmp_path, monkeypatch):

@@ -46,6 +46,12 @@ def test_the_torch_ring_works_without_fastai():
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
+def test_everything_can_be_imported_without_the_extra():
+    code = ("import sys\nfor o in 'accelerate statsmodels mlxtend tomli'.split(): sys.modules[o] = None"
+            "\nimport learned_relu.all as o; assert o.Recipe().size == 28 and o.EpochCheckpoint and o.on_all_processes")
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+
+
 def test_public_names():
     import learned_relu.all as everything
     names = '''learned_relu learned_relu_reference LearnedRelu GeneralRelu act_params reset_averages patch_relus unpatch_relus

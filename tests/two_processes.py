@@ -7,7 +7,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 
 from learned_relu.bench.distributed import first
 from learned_relu.bench.recipe import Recipe
-from learned_relu.bench.run import Source, fit, make_learner, state_digest
+from learned_relu.bench.run import Source, fit, make_learner
 from learned_relu.params import act_layers, act_params
 
 data, out = map(Path, sys.argv[1:])
@@ -22,7 +22,7 @@ def noted(self):
     if self._pinned is not None and not half: half.append([p.tolist() for p, _ in self._pinned])
 type(freeze).before_step = noted
 fit(learn, recipe)
-say = dict(rank=rank_distrib(), processes=num_distrib(), first=first(), seen=seen, state=state_digest(learn.model), half=half[0],
+say = dict(rank=rank_distrib(), processes=num_distrib(), first=first(), seen=seen, half=half[0],
            params=[o.param.tolist() for o in act_params(learn.model)], telemetry=len(learn.act_telemetry.frame()),
            averaged=[int(o.num_averaged) for o in act_layers(learn.model).values()],
            averages=[getattr(o.layer, f'{o.kind}_avg').tolist() for o in act_params(learn.model)],

@@ -25,7 +25,7 @@ from ..callback.telemetry import ActTelemetry
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..patch import patch_relus
 
-# %% ../../nbs/api/31_bench.arms.ipynb #78a40224
+# %% ../../nbs/api/31_bench.arms.ipynb #3ad0e710
 _learned = dict(layer=LearnedRelu)
 arms = dict(
     relu=None,
@@ -57,6 +57,8 @@ def _class_at(arm):
     except (ValueError, ImportError, AttributeError) as e:
         raise ValueError(f'arm is {arm!r}: pass one of {", ".join(arms)}, or an import path such as torch.nn.ELU') from e
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)): raise ValueError(f'arm {arm!r} is no nn.Module class: pass an activation class')
+    try: cls()
+    except TypeError as e: raise ValueError(f'arm is {arm!r}, which cannot be made without arguments ({e}): pass an activation class, such as torch.nn.ELU') from e
     return dict(layer=cls)
 
 def arm_patch(
@@ -67,6 +69,8 @@ def arm_patch(
     how = arms[base] if base in arms else _class_at(base)
     if more and (list(more) != [o for o in extras if o in more] or not _learns((how or {}).get('layer'))):
         raise ValueError(f'arm is {arm!r}: after an arm that learns may come ' + ', '.join(f'+{o}' for o in extras) + ' in this order')
+    if 'caps' in more and 'maxv' not in how.get('learn', getattr(how['layer'](), 'learn', ())):
+        raise ValueError(f'arm is {arm!r}, but {base} does not learn maxv: leave +caps out')
     return how
 
 def arm_model(

@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.cli.html.md"""
 # %% auto #0
 __all__ = ['compare', 'recipe_options', 'planned', 'run_arms', 'out_dir', 'learned_relu_compare']
 
-# %% ../../nbs/api/35_bench.cli.ipynb #244157c0
+# %% ../../nbs/api/35_bench.cli.ipynb #be6c959d
 import inspect
 import sys
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from fastcore.meta import delegates
-from fastcore.script import call_parse
+from fastcore.script import bool_arg, call_parse
 from fastprogress.fastprogress import format_time
 
 from .arms import arm_patch
@@ -27,7 +27,7 @@ from .report import save_report
 from .run import Source, train_run
 from .stats import check_statistics
 
-# %% ../../nbs/api/35_bench.cli.ipynb #d839ce88
+# %% ../../nbs/api/35_bench.cli.ipynb #c39aacbe
 def _missing(todo, have, recipe, source, path):
     took = [o['seconds'] for o in have.values()]
     for i,(file,arm,seed) in enumerate(todo, 1):
@@ -52,36 +52,38 @@ def compare(
     recipe:Recipe, # how to train
     out:str, # directory for `records/`, `checkpoints/`, `table.csv` and `report.html`
 ) -> str: # the table as text
-    "Make the runs that are missing, seed by seed, and report on all; finished runs are kept as they are, an interrupted one goes on."
+    "Make the runs that are missing, seed by seed, and report on all of this recipe that `out` holds; finished runs are kept as they are, an interrupted one goes on."
     for o in arms: arm_patch(o)
     check_statistics()
     source.check_bs(recipe.bs)
-    path,mark = records_dir(out),recipe.digest(source.fingerprint)
+    path,mark = records_dir(out),source.digest(recipe)
     todo = [(path/record_name(a, s, mark), a, s) for s in seeds for a in arms]
     with in_use(out) if first() else nullcontext():
         have = {f: read_record(f) for f,*_ in todo if f.exists()}
+        others = [read_record(f) for f in sorted(path.glob(f'*-{mark}.json')) if f not in have]
         _missing(todo, have, recipe, source, path)
         _remove_empty(Path(out)/'checkpoints')
-        return save_report([have[f] for f,*_ in todo], out) if first() else ''
+        return save_report([*(have[f] for f,*_ in todo), *others], out) if first() else ''
 
-# %% ../../nbs/api/35_bench.cli.ipynb #6fc223ba
+# %% ../../nbs/api/35_bench.cli.ipynb #ecf38ab1
 def recipe_options(
     f, # function with `**kwargs`
 ): # the same function, with the signature that a command line shows
-    "Give `f` an option for each field of `Recipe`, None (False) unless given."
+    "Give `f` an option for each field of `Recipe`, None unless given; booleans take a value, as in `--sa 1`."
     f,names = delegates(Recipe)(f),{o.name for o in fields(Recipe)}
     sig = inspect.signature(f)
-    ps = [p.replace(default=False if p.annotation is bool else None) if k in names else p for k,p in sig.parameters.items()]
+    def optional(p): return p.replace(default=None, annotation=bool_arg if p.annotation is bool else p.annotation)
+    ps = [optional(p) if k in names else p for k,p in sig.parameters.items()]
     f.__signature__,f.__delwrap__ = sig.replace(parameters=ps),Recipe # whose comments describe its fields; those of its `__init__` have no source
     return f
 
 def planned(
     recipe:str, # a TOML file, or None
-    given:dict, # fields of `Recipe`; None and False count as not given
+    given:dict, # fields of `Recipe`; None counts as not given
 ) -> tuple: # `Recipe`, `Plan`
     "What to train: `given` over the file over the defaults; raises as `read_recipe` and `Recipe` do."
     plan = read_recipe(recipe) if recipe else Plan({})
-    return Recipe(**plan.recipe | {k: v for k,v in given.items() if v is not None and v is not False}), plan
+    return Recipe(**plan.recipe | {k: v for k,v in given.items() if v is not None}), plan
 
 def run_arms(
     arms:list, # names of arms, or import paths
@@ -97,8 +99,8 @@ def run_arms(
         if not arms: raise ValueError('arms is empty: name one at least, for example --arms relu,learned')
         for o in arms: arm_patch(o) # the cheap checks first
         source = Source(recipe.data, recipe.size, recipe.source, skip_unreadable, workers, cache)
-        text = compare(arms, seeds, source, replace(recipe, data=source.name), out)
-    except (ValueError, TypeError, ImportError) as e: sys.exit(f'error: {e}')
+        text = compare(arms, seeds, source, replace(recipe, data=source.asked), out)
+    except (ValueError, TypeError, ImportError) as e: sys.exit('error: ' + str(e).rpartition('\n\t')[2]) # fastai puts the callback's name before
     except KeyboardInterrupt: sys.exit(f'stopped: finished runs and epochs are kept in {out}, and the same command goes on from there')
     if first(): print(f'{text}\n\n{Path(out)/"table.csv"}\n{Path(out)/"report.html"}')
 

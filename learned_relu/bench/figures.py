@@ -7,7 +7,9 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.figures.html.md"""
 # %% auto #0
 __all__ = ['STARTS', 'plot_accuracy', 'plot_pairs', 'plot_params', 'shape_values', 'shapes', 'plot_shapes']
 
-# %% ../../nbs/api/34_bench.figures.ipynb #ae9acc3f
+# %% ../../nbs/api/34_bench.figures.ipynb #af694265
+import inspect
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from .stats import bootstrap_interval, interval, paired
 from .table import BOARD_NOISE
 from ..functional import learned_relu
+from ..layers import LearnedRelu
 
 # %% ../../nbs/api/34_bench.figures.ipynb #ededf08f
 def plot_accuracy(
@@ -88,8 +91,8 @@ def plot_params(
     fig.suptitle(f'Learned parameters: {record["arm"]}, seed {record["seed"]}')
     return fig
 
-# %% ../../nbs/api/34_bench.figures.ipynb #1a07cbbe
-STARTS = dict(leak=.05, sub=.25, maxv=10.) # where `LearnedRelu` starts
+# %% ../../nbs/api/34_bench.figures.ipynb #64c39a89
+STARTS = {k: inspect.signature(LearnedRelu).parameters[k].default for k in ('leak', 'sub', 'maxv')} # for records that do not say what was fixed
 
 def shape_values(
     record:dict, # of one run

@@ -23,7 +23,7 @@ from torch import nn
 
 from ..xresnet import plain_xresnet, xresnet_names
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #0014a865
+# %% ../../nbs/api/30_bench.recipe.ipynb #fbfc74c8
 opts = dict(adam=(Adam, 'mom sqr_mom eps'), ranger=(ranger, 'mom sqr_mom eps beta'), rms=(RMSProp, 'mom sqr_mom eps'), sgd=(SGD, 'mom'))
 pools = dict(AvgPool=AvgPool, MaxPool=MaxPool)
 schedules = 'one_cycle','flat_cos'
@@ -41,7 +41,7 @@ class Recipe:
     lr:float=8e-3 # highest learning rate, positive
     schedule:str='one_cycle' # of the learning rate: 'one_cycle' or 'flat_cos'
     opt:str='adam' # adam (decoupled weight decay, AdamW), ranger, rms or sgd
-    mom:float=None # momentum, in [0, 1); the optimizer's own by default. `one_cycle` moves it between .95 and .85
+    mom:float=None # momentum, in [0, 1); the optimizer's own by default. `one_cycle` moves it between .95 and .85 by itself
     sqrmom:float=None # momentum of squared gradients, in [0, 1); the optimizer's own by default
     eps:float=None # what optimizers add to a denominator, positive; the optimizer's own by default
     beta:float=0. # softplus of SAdam, for ranger; 0 for none
@@ -74,6 +74,8 @@ class Recipe:
             if (v := getattr(self, k)) is not None and v <= 0: raise ValueError(f'{k} is {v}: pass a positive number')
         for k,known in dict(opt=opts, pool=pools, schedule=schedules, arch=xresnet_names()).items():
             if getattr(self, k) not in known: raise ValueError(f'{k} is {getattr(self, k)!r}: pass one of {", ".join(known)}')
+        if self.mom is not None and self.schedule == 'one_cycle':
+            raise ValueError(f"mom is {self.mom}, but one_cycle moves the momentum itself: leave it out, or pass schedule='flat_cos'")
         if self.source not in ('', *sources): raise ValueError(f'source is {self.source!r}: pass one of {", ".join(sources)}, or nothing for the published choice')
         has = opts[self.opt][1].split()
         for k,name in dict(mom='mom', sqrmom='sqr_mom', eps='eps', beta='beta').items():

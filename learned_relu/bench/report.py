@@ -38,7 +38,7 @@ def recipe_toml(
     "A recipe as TOML that reads back as it was; `TypeError` for other values."
     return ''.join(f'{_toml_key(k)} = {_toml_value(v, k)}\n' if v is not None else f'# {_toml_key(k)} is not set\n' for k,v in recipe.items())
 
-# %% ../../nbs/api/34_bench.report.ipynb #48a3be94
+# %% ../../nbs/api/34_bench.report.ipynb #27d607e0
 _style = '''body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
 table{border-collapse:collapse;display:block;overflow-x:auto}th,td{padding:.3rem .8rem;border-bottom:1px solid #8886;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}figure{margin:1.5rem 0}img{max-width:100%;background:#fff}pre{overflow-x:auto}code{overflow-wrap:anywhere}
@@ -52,7 +52,7 @@ _meaning = {
     'within board noise': 'Whether the difference is below 1 point, which the README of fastai/imagenette gives as usual between runs of one and the same recipe '
         '("Generally you\'ll see +/- 1% differences from run to run"). Every accuracy here carries that noise.',
     'pairs': 'How many pairs are above relu, and how many are ties.',
-    'p; p, Holm': 'Two-sided paired t-test, and the same corrected for the number of arms compared with relu.',
+    'p; p, Holm': 'Two-sided paired t-test, and the same corrected for the number of arms that have a p: one with a single pair, or with differences that are all equal, has none.',
     'pairs needed': 'Pairs that would show a true difference of half a point in four of five comparisons, at p < 0.05 uncorrected, '
         'if the spread is what these pairs say: an order of magnitude.',
     'at relu time %': 'Mean accuracy at the moment when relu\'s run of the same seed was over. Schedules are not annealed at that moment, so a slower arm is judged harshly; '

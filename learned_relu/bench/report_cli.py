@@ -47,7 +47,7 @@ def first_paragraph(
     found = [o for o in re.split(r'\n\s*\n', text.strip('\n')) if o.strip() and not re.match(r'#|\||    |\t|<|---', o)]
     return ' '.join(found[0].split()) if found else ''
 
-# %% ../../nbs/api/38_bench.report_cli.ipynb #bc5ca924
+# %% ../../nbs/api/38_bench.report_cli.ipynb #92b61fd8
 def _folders(path):
     if not path.is_dir(): raise SystemExit(f'error: path is {str(path)!r}, which is no directory: pass a folder of record folders, or one record folder')
     folders = [path] if (path/'records').is_dir() else sorted(o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.'))
@@ -78,7 +78,8 @@ def learned_relu_report(
     out:str='runs/report', # directory for the pages, made here; files of an earlier report are replaced
 ):
     "Rebuild the table and the page of every record folder, and an index, from the records alone."
-    folders,to = _folders(Path(path).resolve()),Path(out).resolve()
+    to = Path(out).resolve()
+    folders = [o for o in _folders(Path(path).resolve()) if o != to or (o/'records').is_dir()] # an earlier report is no record
     _check_out(to, folders)
     try: to.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise SystemExit(f'error: out is {out!r}, which cannot be written ({e.strerror}): pass another --out') from e

@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.resume.html.md"""
 # %% auto #0
 __all__ = ['random_states', 'set_random_states', 'EpochCheckpoint']
 
-# %% ../../nbs/api/31_bench.resume.ipynb #2b7b13f4
+# %% ../../nbs/api/31_bench.resume.ipynb #35d873cb
 import os
 import random
 import time
@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback
-from fastai.distributed import DistributedDL
 from fastai.learner import SkipToEpoch
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.foundation import L
 
-# %% ../../nbs/api/31_bench.resume.ipynb #1570a1ce
-def _own(dl): return (dl.dl if isinstance(dl, DistributedDL) else dl).rng
+# %% ../../nbs/api/31_bench.resume.ipynb #049634c7
+def _own(dl): return vars(dl).get('dl', dl).rng # inside fastai's `DistributedDL`, where there is one
 
 def random_states(
     dls, # `DataLoaders`
@@ -43,7 +42,7 @@ def set_random_states(
     if states['cuda']: torch.cuda.set_rng_state_all(states['cuda'])
     for dl,s in zip(dls.loaders, states['loaders']): _own(dl).setstate(s)
 
-# %% ../../nbs/api/31_bench.resume.ipynb #d913966f
+# %% ../../nbs/api/31_bench.resume.ipynb #91499ddd
 def _plain(o):
     if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return (tuple if isinstance(o, tuple) else list)(map(_plain, o))
@@ -83,6 +82,7 @@ class EpochCheckpoint(Callback):
         self.resumed = state['resumed'] + [len(self.values)]
         return len(self.values)
 
+    def _scaler(self): return getattr(self.learn, 'scaler', None) # of mixed precision, which takes it away after the fit
     def _counting(self): return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'load_state_dict')}
 
     def before_train(self):
@@ -98,7 +98,7 @@ class EpochCheckpoint(Callback):
         rest,self._rest = self._rest,None
         if rest is None: return
         for k,cb in self._counting().items(): cb.load_state_dict(rest['callbacks'][k])
-        if hasattr(self.learn, 'scaler'): self.learn.scaler.load_state_dict(rest['scaler'])
+        if self._scaler(): self._scaler().load_state_dict(rest['scaler'])
         smooth = self.recorder.smooth_loss # which runs on from epoch to epoch
         smooth.count,smooth.val = rest['smooth']
         set_random_states(rest['random'][rank_distrib()], self.dls)
@@ -116,7 +116,7 @@ class EpochCheckpoint(Callback):
         smooth = self.recorder.smooth_loss
         state = dict(mark=self.mark, model=get_model(self.learn.model).state_dict(), opt=_plain(self.opt.state_dict()), random=states, values=self.values,
                      seconds=self.seconds, resumed=self.resumed, smooth=(smooth.count, smooth.val.as_subclass(torch.Tensor).cpu()), callbacks={k: cb.state_dict() for k,cb in self._counting().items()},
-                     scaler=self.learn.scaler.state_dict() if hasattr(self.learn, 'scaler') else {})
+                     scaler=self._scaler().state_dict() if self._scaler() else {})
         tmp = self.file.with_suffix('.tmp')
         try:
             torch.save(state, tmp)

@@ -8,14 +8,14 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.run.html.md"""
 __all__ = ['FORMAT', 'Source', 'BatchDigest', 'weights_digest', 'commit', 'peak_memory', 'state_digest', 'make_learner', 'fit',
            'train_run']
 
-# %% ../../nbs/api/32_bench.run.ipynb #49029e56
+# %% ../../nbs/api/32_bench.run.ipynb #d2f3ac7a
 import hashlib
 import platform
 import resource
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,14 +31,14 @@ from fastai.torch_core import num_distrib, set_seed
 import learned_relu
 from .arms import arm_cbs, arm_model
 from .cache import decode_images
-from .data import find_images, image_dls, mnist_dls
-from .distributed import on_all_processes
+from .data import find_images, image_dls, mnist_dls, urls
+from .distributed import on_all_processes, use_own_gpu
 from .recipe import Recipe
 from .resume import EpochCheckpoint, random_states, set_random_states
 from ..init import caps_from_data
-from ..params import act_params, activation_weights
+from ..params import act_layers, act_params, activation_weights
 
-# %% ../../nbs/api/32_bench.run.ipynb #0f1d2432
+# %% ../../nbs/api/32_bench.run.ipynb #2b75c1f0
 class Source:
     "The data of a comparison: found and checked once, made into equal data loaders for every run."
     def __init__(self,
@@ -49,20 +49,28 @@ class Source:
         workers:int=2, # processes that load images
         cache:bool=True, # decode all images once, into a file that later runs share
     ):
-        self.size,self.files,self.workers = size,None,workers
+        self.size,self.files,self.workers,self.asked = size,None,workers,data
         if data == 'mnist':
             dls,self.fingerprint = mnist_dls()
             self.name,self.n_train = data,len(dls.train_ds)
         else:
             self.path,self.files,self.fingerprint = find_images(data, source or ('320' if size <= 224 else 'full'), skip_unreadable)
             self.name,self.n_train = self.path.resolve().name,sum(self.path/'train' in o.parents for o in self.files)
+            if data not in urls: self.asked = self.name # no path of this machine in a record
             self.images = decode_images(self.path, self.files, self.fingerprint) if cache else None
 
     def check_bs(self,
         bs:int, # batch size
     ):
         "Raise `ValueError` where there is not one whole batch."
-        if bs > self.n_train: raise ValueError(f'bs is {bs}, but there are only {self.n_train} images in training: pass {self.n_train} or less')
+        n = self.n_train//max(1, num_distrib())
+        if bs > n: raise ValueError(f'bs is {bs}, but there are only {n} images in training for each process: pass {n} or less')
+
+    def digest(self,
+        recipe:Recipe, # how to train on these data
+    ) -> str: # 8 hexadecimal digits
+        "A short name for a recipe on these data."
+        return replace(recipe, data=self.name).digest(self.fingerprint)
 
     def dls(self,
         bs:int, # batch size
@@ -116,7 +124,7 @@ def peak_memory(device) -> dict: # bytes, and what was counted
     if device.type == 'cuda': return dict(bytes=torch.cuda.max_memory_allocated(device), scope='device, this run')
     return dict(bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024), scope='process, all its runs')
 
-# %% ../../nbs/api/32_bench.run.ipynb #cffe7360
+# %% ../../nbs/api/32_bench.run.ipynb #92996433
 FORMAT = 1
 
 def state_digest(
@@ -137,10 +145,11 @@ def make_learner(
 ) -> Learner:
     "What is trained, seeded for the fit that follows; `ValueError` where the recipe asks for what this machine lacks."
     if recipe.fp16 and not torch.cuda.is_available(): raise ValueError('fp16 is True, and there is no GPU: leave it out')
+    use_own_gpu()
     set_seed(seed, reproducible=True)
     dls = source.dls(recipe.bs, recipe.sh)
     set_seed(seed)
-    model = arm_model(arm, recipe, dls.c, getattr(dls, 'c_in', 3))
+    model = arm_model(arm, recipe, dls.c, getattr(dls, 'c_in', 3)).to(dls.device)
     steps = len(dls.train)*recipe.epochs//max(1, num_distrib())
     mixup = [MixUp(recipe.mixup)] if recipe.mixup else []
     learn = Learner(dls, model, recipe.loss_func(), recipe.opt_func(), metrics=accuracy, wd=recipe.wd, cbs=[*mixup, *arm_cbs(arm, max(1, steps//points)), *cbs])
@@ -172,8 +181,8 @@ def train_run(
     checkpoint:Path=None, # file to go on from, written after every epoch; None for none
 ) -> dict: # the record
     "Train one arm once and return its record."
-    digest,processes,batches = recipe.digest(source.fingerprint),max(1, num_distrib()),BatchDigest()
-    keep = EpochCheckpoint(checkpoint, dict(arm=arm, seed=seed, digest=digest, processes=processes))
+    digest,processes,batches = source.digest(recipe),max(1, num_distrib()),BatchDigest()
+    keep = EpochCheckpoint(checkpoint, dict(arm=arm, seed=seed, digest=digest, processes=processes, workers=source.workers, gpus=torch.cuda.device_count()))
     learn = make_learner(arm, seed, recipe, source, points, [batches, keep])
     model = learn.model
     start,device = weights_digest(model),next(model.parameters()).device
@@ -189,9 +198,10 @@ def train_run(
         seconds=seconds, seconds_per_epoch=seconds/recipe.epochs, epoch_seconds=keep.seconds, peak_memory=peak_memory(device),
         activation={f'{o.name}.{o.kind}': dict(mean=o.param.mean().item(), std=o.param.std(correction=0).item(), min=o.param.min().item(),
                                                max=o.param.max().item(), n=o.param.numel()) for o in act_params(model)},
+        fixed={k: getattr(m, k).mean().item() for m in act_layers(model).values() for k in m.kinds if k not in m.learn},
         versions=dict(python=platform.python_version(), **{o: version(o) for o in ('torch', 'fastai', 'learned_relu')}),
         hardware=dict(device=torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu', machine=platform.machine(),
-                      threads=torch.get_num_threads(), processes=processes))
+                      threads=torch.get_num_threads(), processes=processes, workers=source.workers))
     if hasattr(learn, 'act_telemetry'):
         df = learn.act_telemetry.frame()
         record['telemetry'] = {k: df[k].tolist() for k in ('step', 'layer', 'kind')} | {

@@ -40,19 +40,21 @@ def table(
     df = pd.DataFrame(rows)
     return df.assign(**{'vs relu p holm': holm(df['vs relu p'])})
 
-# %% ../../nbs/api/34_bench.table.ipynb #14632d61
+# %% ../../nbs/api/34_bench.table.ipynb #5d801802
 def _num(v, f='{:.2f}'): return '-' if pd.isna(v) else f.format(v)
 
 def _with_interval(r, base, method=''):
     low,high = (r[f'vs {base} {method}{o}'] for o in ('low', 'high'))
     return _num(r[f'vs {base}'], '{:+.2f}') + ('' if pd.isna(low) else f' [{low:+.2f}, {high:+.2f}]')
 
+def _runs(r): return f'{r["n"]}, {r["vs relu n"]} paired' if 0 < r['vs relu n'] < r['n'] else str(r['n'])
+
 def readable(
     df:pd.DataFrame, # as `table` returns it
 ) -> pd.DataFrame: # text cells
     "What happened, rounded, intervals in brackets; '-' where there is nothing to say."
     noise = {True: 'yes', False: 'no', None: '-'}
-    return pd.DataFrame([{'arm': r['arm'], 'n': str(r['n']), 'accuracy %': _num(r['accuracy']), 'std': _num(r['std']), 'vs relu [95 %]': _with_interval(r, 'relu'),
+    return pd.DataFrame([{'arm': r['arm'], 'n': _runs(r), 'accuracy %': _num(r['accuracy']), 'std': _num(r['std']), 'vs relu [95 %]': _with_interval(r, 'relu'),
                           'within board noise': noise[r['within board noise']], 'vs general [95 %]': _with_interval(r, 'general'),
                           'at relu time %': _num(r['accuracy at relu time']), 's/epoch vs relu': _num(r['time ratio'], '{:.2f}x')} for r in df.to_dict('records')])
 

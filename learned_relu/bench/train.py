@@ -16,12 +16,12 @@ from fastcore.script import call_parse
 from .arms import arm_model, arm_patch
 from .cli import out_dir, planned, recipe_options, run_arms
 
-# %% ../../nbs/api/36_bench.train.ipynb #806e6ea9
+# %% ../../nbs/api/36_bench.train.ipynb #0e2dce76
 @call_parse
 @recipe_options
 def learned_relu_train(
     recipe:str=None, # a TOML file of `benchmarks/recipes`, or of your own; options go before what it says
-    arm:str='learned', # name of an arm (relu, leaky, prelu, general, learned, ...), or an import path such as torch.nn.ELU
+    arm:str=None, # name of an arm (relu, leaky, prelu, general, learned, ...), or an import path such as torch.nn.ELU; learned by default
     act_fn:str=None, # name of one of PyTorch's activation classes, for example Mish: the same as --arm torch.nn.Mish
     woof:bool=False, # the same as --data imagewoof
     seed:int=0, # of weights, batches and augmentations
@@ -34,9 +34,11 @@ def learned_relu_train(
     **kwargs
 ):
     "Train one arm and write its record."
-    if woof: kwargs['data'] = 'imagewoof'
-    if act_fn: arm = f'torch.nn.{act_fn}'
     try:
+        if woof and kwargs.get('data'): raise ValueError(f'data is {kwargs["data"]!r}, and --woof says imagewoof: pass one of them')
+        if act_fn and arm: raise ValueError(f'arm is {arm!r}, and act_fn {act_fn!r}: pass one of them')
+        if woof: kwargs['data'] = 'imagewoof'
+        arm = f'torch.nn.{act_fn}' if act_fn else arm or 'learned'
         arm_patch(arm)
         how,_ = planned(recipe, kwargs)
         if runs < 1: raise ValueError(f'runs is {runs}: pass a count, 1 or more')
