@@ -78,7 +78,7 @@ class DecodedImages:
         "The image of a file: from the map, or decoded if it is not there, as when a trained model is given a new one."
         return self[self._place[file]] if file in self._place else PILImage.create(file)
 
-# %% ../../nbs/api/31_bench.cache.ipynb #7c805d57
+# %% ../../nbs/api/31_bench.cache.ipynb #6731badb
 def _named(f, file):
     try: return f(file)
     except Exception as e: raise ValueError(f'{file} cannot be read ({e}): mend it, or leave it out with skip_unreadable') from e
@@ -118,11 +118,6 @@ def _decode(path, files, stamp):
     except OSError as e: raise _refuse(where, f'cannot be written ({e}), where {takes}, and {shutil.disk_usage(where).free/1e6:,.1f} MB are free') from e
     finally: temp.unlink(missing_ok=True)
 
-def _opened(file, files, stamp):
-    res = DecodedImages(file, files, stamp)
-    res._pixels # held open from now on by this process and those forked from it, whatever becomes of the name
-    return res
-
 def decode_images(
     path:Path, # folder of the images
     files:list, # images in it
@@ -136,11 +131,11 @@ def decode_images(
     try:
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(file.with_suffix('.lock')):
-            try: return _opened(file, files, stamp)
+            try: return DecodedImages(file, files, stamp)
             except FileNotFoundError: pass
             except ValueError as e: print(f'{file} {e}, so it is written again')
             _decode(file, files, stamp)
-            return _opened(file, files, stamp)
+            return DecodedImages(file, files, stamp)
     except OSError as e: raise _refuse(where, f'cannot be written ({e})') from e
 
 # %% ../../nbs/api/31_bench.cache.ipynb #d5b2f4ad
