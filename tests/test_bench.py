@@ -7,10 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from learned_relu.bench.cli import learned_relu_compare
 from learned_relu.bench.record import read_record
@@ -20,27 +18,10 @@ CMD = [str(Path(sys.executable).with_name('learned_relu_compare'))]
 SMALL = '--size 16 --bs 8 --epochs 1'.split()
 WOOF = Path(__file__).resolve().parents[2]/'shared'/'data'/'imagewoof2-160.tgz'
 
+pytestmark = pytest.mark.usefixtures('cache')
+
 
 def run(*args, **kwargs): return subprocess.run([*CMD, *map(str, args)], capture_output=True, text=True, **kwargs)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def cache(tmp_path_factory):
-    "What the commands keep, kernels and decoded images, goes with the tests"
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-        yield
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    "A folder of noise in two classes"
-    path, rng = tmp_path_factory.mktemp('data')/'noise', np.random.default_rng(0)
-    for part, n in dict(train=12, val=4).items():
-        for c in 'ab':
-            (path/part/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path/part/c/f'{i}.png')
-    return path
 
 
 @pytest.fixture(scope='module')
@@ -97,6 +78,7 @@ def test_every_arm_trains_from_the_same_start(images, tmp_path):
     assert all('telemetry' in records[o] for o in ('clip', 'symmetric', 'threshold', 'learned_relu.layers.LearnedClip'))
     def kinds(arm): return {o.rpartition('.')[2] for o in records[arm]['activation']}
     assert kinds('learned_only_sub') == {'sub'} and kinds('learned_no_leak') == {'sub', 'maxv'} and kinds('learned_no_maxv') == {'leak', 'sub'}
+    assert records['learned_no_leak']['fixed'].keys() == {'leak'} and records['learned_only_sub']['fixed'] == dict(leak=pytest.approx(.05), maxv=10.)
     caps = [v['max'] for k, v in records['learned+caps+averages+freeze']['activation'].items() if k.endswith('.maxv')]
     assert len(caps) == 19 and max(caps) < 9 and {v['n'] for v in records['learned_scalar']['activation'].values()} == {1}
 

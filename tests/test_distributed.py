@@ -5,23 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
-
 from learned_relu.bench.record import read_record
 
 LAUNCH = [str(Path(sys.executable).with_name('torchrun')), '--nproc_per_node', '2', '--standalone']
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    path, rng = tmp_path_factory.mktemp('data')/'noise', np.random.default_rng(0)
-    for part, n in dict(train=12, val=5).items(): # an odd count: the last batch of validation is padded
-        for c in 'ab':
-            (path/part/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path/part/c/f'{i}.png')
-    return path
 
 
 def launch(*args):

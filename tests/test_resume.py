@@ -13,7 +13,6 @@ import pytest
 import torch
 from common import make, quiet
 from fastai.callback.core import Callback
-from PIL import Image
 
 from learned_relu.bench.cli import learned_relu_compare
 from learned_relu.bench.recipe import Recipe
@@ -24,16 +23,6 @@ from learned_relu.callback.clamp import ClampActParams
 
 ARM = 'learned+averages+freeze'
 ALL = dict(epochs=4, size=16, bs=8, opt='ranger', mixup=.4, sh=.2, smoothing=.1) # every kind of random draw there is
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    path, rng = tmp_path_factory.mktemp('data')/'noise', np.random.default_rng(0)
-    for part, n in dict(train=12, val=4).items():
-        for c in 'ab':
-            (path/part/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path/part/c/f'{i}.png')
-    return path
 
 
 def ended(record):

@@ -1,0 +1,23 @@
+"What several test files train on, and where it is kept."
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    "What the commands keep, kernels and decoded images, goes with the tests"
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory, cache):
+    "A folder of noise in two classes, with an odd count in each of validation, so that two processes have to pad"
+    path, rng = tmp_path_factory.mktemp('data')/'noise', np.random.default_rng(0)
+    for part, n in dict(train=12, val=5).items():
+        for c in 'ab':
+            (path/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path/part/c/f'{i}.png')
+    return path
