@@ -1,0 +1,72 @@
+"What is published: a wheel and a source distribution that install, import and train by themselves."
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+import learned_relu
+
+REPO = Path(__file__).parents[1]
+TRAINS = '''
+from fastai.callback.training import ShortEpochCallback
+from fastai.vision.all import CrossEntropyLossFlat, Learner
+import learned_relu
+from learned_relu.all import LearnedRelu, mnist_dls, plain_xresnet
+dls, _ = mnist_dls(size=16, bs=64)
+learn = Learner(dls, plain_xresnet('xresnet18', 10, c_in=1), CrossEntropyLossFlat(), cbs=ShortEpochCallback(.05)).to_learned_relu()
+with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+moved = {name: (p - 10 if name == 'maxv' else p - dict(leak=.05, sub=.25)[name]).abs().max().item()
+         for m in learn.model.modules() if isinstance(m, LearnedRelu) for name, p in m.named_parameters()}
+assert moved['leak'] > 0 and moved['sub'] > 0, moved
+print(learned_relu.__file__)
+'''
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    out = tmp_path_factory.mktemp('dist')
+    done = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, REPO], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    wheel, sdist = sorted(out.iterdir(), key=lambda o: o.suffix, reverse=True)
+    assert wheel.suffix == '.whl' and sdist.name.endswith('.tar.gz')
+    return wheel, sdist
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    with zipfile.ZipFile(built[0]) as f: names = f.namelist()
+    modules = {o.relative_to(REPO).as_posix() for o in (REPO/'learned_relu').rglob('*.py')}
+    assert modules <= set(names) and {o.split('/')[0] for o in names} == {'learned_relu', f'learned_relu-{learned_relu.__version__}.dist-info'}
+
+
+def test_the_metadata_says_what_users_and_tools_need(built):
+    with zipfile.ZipFile(built[0]) as f:
+        folder = f'learned_relu-{learned_relu.__version__}.dist-info/'
+        meta, entries = message_from_bytes(f.read(folder + 'METADATA')), f.read(folder + 'entry_points.txt').decode()
+        assert any(o.startswith(folder) and o.endswith('LICENSE') for o in f.namelist())
+    assert meta['Version'] == learned_relu.__version__ and meta['Requires-Python'] == '>=3.10' and meta['License-Expression'] == 'Apache-2.0'
+    assert {'Repository', 'Documentation'} <= {o.split(',')[0] for o in meta.get_all('Project-URL')}
+    assert {re.split('[^a-z]', o)[0] for o in meta.get_all('Requires-Dist') if 'extra' not in o} == {'fastai', 'fastcore', 'torch', 'matplotlib'}
+    assert set(meta.get_all('Provides-Extra')) == {'bench', 'dev'}
+    assert any(o.startswith('Development Status') for o in meta.get_all('Classifier')) and meta.get_payload().startswith('# learned_relu')
+    commands = re.findall(r'^(learned_relu_\w+) = ', entries, flags=re.M)
+    assert commands == ['learned_relu_compare', 'learned_relu_report', 'learned_relu_speed', 'learned_relu_train']
+
+
+def installed(package, to):
+    pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation', '--target']
+    subprocess.run([*pip, to, package], check=True)
+    return {o.relative_to(to).as_posix(): o.read_bytes() for o in (to/'learned_relu').rglob('*.py')}
+
+
+def test_what_was_built_installs_imports_and_trains(built, tmp_path):
+    to = tmp_path/'wheel'
+    assert installed(built[0], to) == installed(built[1], tmp_path/'sdist') != {}
+    env = os.environ | dict(PYTHONPATH=str(to), PYTHONWARNINGS='ignore')
+    def python(*args): return subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert Path(python('-c', TRAINS).splitlines()[-1]).is_relative_to(to) # and not the checkout
+    assert '--recipe' in python(to/'bin'/'learned_relu_compare', '--help')
