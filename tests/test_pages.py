@@ -29,3 +29,11 @@ def test_no_progress_bars_warnings_or_paths_in_outputs(page):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda o: o.name)
 def test_something_is_stored(page): assert any(t.strip() for _, t in texts(read_nb(page)))
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda o: o.name)
+def test_every_figure_has_a_title_and_a_description(page):
+    for cell in read_nb(page).cells:
+        if not any('image/png' in o.get('data', {}) for o in cell.get('outputs', [])): continue
+        said = dict(re.findall(r'^#\| (fig-\w+): (.+)$', cell.source, flags=re.M))
+        assert len(said.get('fig-cap', '')) > 10 and len(said.get('fig-alt', '')) > 40, cell.source

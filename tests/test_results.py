@@ -1,0 +1,81 @@
+"Numbers that readers are told: each is computed from a record, and stored as it comes out today."
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from execnb.shell import CaptureShell
+from fastcore.nbio import read_nb
+from fastcore.xtras import working_directory
+
+from learned_relu.bench.cli import learned_relu_compare
+
+REPO = Path(__file__).parents[1]
+PAGES = [REPO/'nbs'/o for o in ('index.ipynb', 'results.ipynb')]
+NUMBER = re.compile(r'\d+\.\d+|\d+(?:\.\d+)? ?(?:%|percent|points|times)')
+
+
+def told(outputs):
+    "What of outputs is text for readers"
+    return [''.join(o.get('text', o.get('data', {}).get('text/markdown', ''))) for o in outputs]
+
+
+def trains(cell): return any(o in cell.source for o in ('learn.', 'seen'))
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda o: o.name)
+def test_what_is_stored_is_what_the_records_say_today(page):
+    nb, seen, shell = read_nb(page), 0, CaptureShell(page)
+    with working_directory(page.parent):
+        for cell in (o for o in nb.cells if o.cell_type == 'code' and not trains(o)):
+            stored = told(cell.outputs)
+            shell.cell(cell)
+            assert not shell.exc, shell.prettytb(fname=page)
+            assert told(cell.outputs) == stored, f'run the page anew: {cell.source}'
+            seen += len(NUMBER.findall(''.join(stored)))
+    assert seen > 10
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda o: o.name)
+def test_no_measured_number_is_typed(page):
+    prose = '\n'.join(o.source for o in read_nb(page).cells if o.cell_type == 'markdown')
+    prose = re.sub(r'```.*?```|`[^`]*`|Python 3\.\d+|intervals of 95 %', '', prose, flags=re.S)
+    assert NUMBER.findall(prose) == []
+
+
+def test_no_record_is_copied_into_a_cell():
+    for page in PAGES:
+        for cell in read_nb(page).cells:
+            if cell.cell_type != 'code' or 'records' not in cell.source: continue
+            numbers = [o.value for o in ast.walk(ast.parse(cell.source)) if isinstance(o, ast.Constant) and isinstance(o.value, float)]
+            assert numbers == [], cell.source
+
+
+def test_the_readme_tells_what_the_page_tells():
+    readme = (REPO/'README.md').read_text()
+    tables = [t for o in read_nb(PAGES[0]).cells for t in told(o.get('outputs', [])) if t.startswith('|')]
+    assert len(tables) == 2
+    rows = [[c.strip() for c in line.strip('|').split('|')] for t in tables for line in t.splitlines() if line.startswith('|') and '--' not in line]
+    there = [[c.strip() for c in line.strip('|').split('|')] for line in readme.splitlines() if line.startswith('|')]
+    assert len(rows) > 8 and [o for o in rows if o not in there] == []
+
+
+def test_every_block_of_the_readme_is_run_by_a_check():
+    readme, page = (REPO/'README.md').read_text(), read_nb(PAGES[0])
+    blocks = re.findall(r'^```(\w*)\n(.*?)^```', readme, flags=re.S | re.M)
+    cells = {re.sub(r'^#\|.*\n', '', o.source, flags=re.M).strip() for o in page.cells if o.cell_type == 'code'}
+    assert {o for o, _ in blocks} == {'python', 'sh'}
+    for kind, block in blocks:
+        if kind == 'python': assert block.strip() in cells # which run as tests
+    commands = [o.strip() for kind, o in blocks if kind == 'sh']
+    begin = 'python3 -m venv .venv && .venv/bin/python -m pip install -q -e ".[dev]" && .venv/bin/'
+    assert commands == [begin + 'learned_relu_compare', begin + 'python -m pytest'] # .ci/run runs the second
+    assert (REPO/'benchmarks/recipes/imagewoof-128px-5ep.toml').exists() and 'benchmarks/recipes/imagewoof-128px-5ep.toml' in readme
+
+
+def test_the_first_command_does_what_the_readme_says(monkeypatch):
+    called = []
+    monkeypatch.setattr('learned_relu.bench.cli.run_arms', lambda *args: called.append(args))
+    learned_relu_compare()
+    arms, seeds, how, out, *_ = called[0]
+    assert (arms, seeds, how.data, str(out)) == (['relu', 'general', 'learned'], [0, 1, 2], 'mnist', 'runs/mnist')

@@ -1,0 +1,219 @@
+"The docs site, built and read in a real browser: what a reader sees, finds and can move."
+import functools
+import http.server
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import yaml
+from fastcore.nbio import read_nb
+from nbdev.config import get_config
+
+from learned_relu.functional import learned_relu_reference
+
+REPO = Path(__file__).parents[1]
+SOURCES = sorted(o.relative_to(REPO/'nbs') for o in (REPO/'nbs').rglob('*') if o.suffix in ('.ipynb', '.qmd') and not o.name.startswith(('.', '_')))
+BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+DRIVER = shutil.which('chromedriver')
+FLAGS = ('headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync '
+         'disable-dev-shm-usage').split()
+
+# what the browser is asked
+SEEN = """const titled = o => !!(o.closest('figure') || document.createElement('p')).querySelector('figcaption');
+return {title: document.title, about: document.querySelector('meta[name=description]')?.content, headings: document.querySelectorAll('h1').length,
+        pictures: [...document.images].map(o => [o.naturalWidth, o.alt, titled(o)]), text: document.querySelector('main').innerText,
+        formulas: [...document.querySelectorAll('math')].map(o => o.getBoundingClientRect().height)}"""
+COLOURS = r"""const colour = o => getComputedStyle(o).backgroundColor;
+const behind = o => { for (; o; o = o.parentElement) if (!/, 0\)$/.test(colour(o))) return colour(o) };
+const read = [...document.querySelectorAll(['p', 'h1', 'h2', 'code', 'a', 'button', 'td', 'dt', 'output'].map(o => 'main ' + o).join())];
+return read.filter(o => o.offsetParent).map(o => [getComputedStyle(o).color, behind(o) || 'rgb(255, 255, 255)', o.textContent.slice(0, 40)])"""
+MOVE = """[...document.querySelectorAll('.curve-widget input')].forEach((o, i) => {
+    o.value = arguments[0][i]; o.dispatchEvent(new Event('input', {bubbles: true})) });
+return Object.fromEntries([...document.querySelectorAll('.curve-widget dd')].map(o => [o.dataset.of, +o.textContent]))"""
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason='smalldocs needs Python 3.11')
+
+
+def html(source): return re.sub(r'^\d+[a-z0-9]*_', '', source.name).removesuffix(source.suffix) + '.html'
+
+
+@pytest.fixture(scope='module')
+def site():
+    "The site as it is published; building it fails on links that lead nowhere and on a README that is out of date"
+    done = subprocess.run([sys.executable, 'tools/docs.py', '--check'], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return get_config().doc_path
+
+
+@pytest.fixture(scope='module')
+def browser():
+    if not (BROWSER and DRIVER): pytest.skip('no Chromium with its driver is installed')
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for o in FLAGS: options.add_argument(f'--{o}')
+    options.set_capability('goog:loggingPrefs', dict(browser='ALL'))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope='module')
+def url(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}/'
+        server.shutdown()
+
+
+def see(browser, width, height=900, scheme='light'):
+    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=height, deviceScaleFactor=1, mobile=False))
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value=scheme)]))
+
+
+def overflow(browser): return browser.execute_script('return document.documentElement.scrollWidth - window.innerWidth')
+
+
+@pytest.mark.parametrize('source', SOURCES, ids=str)
+def test_a_page_loads_with_its_figures_and_formulas_and_fits_a_phone(source, browser, url):
+    see(browser, 1280)
+    browser.get(url + str(source.with_name(html(source)).as_posix()))
+    assert [o['message'] for o in browser.get_log('browser') if o['level'] in ('SEVERE', 'WARNING')] == []
+    said = browser.execute_script(SEEN)
+    assert said['title'] and said['about'] and said['headings'] == 1
+    assert all(width > 0 and len(alt) > 20 and titled for width, alt, titled in said['pictures'])
+    assert all(o > 5 for o in said['formulas']) and r'\(' not in said['text'] and '$$' not in said['text']
+    see(browser, 390)
+    assert overflow(browser) <= 0
+
+
+def test_pictures_and_formulas_are_on_the_site(site):
+    "or the test above would have nothing to look at"
+    pages = [o.read_text() for o in site.rglob('*.html')]
+    assert sum('<img ' in o for o in pages) >= 15 and sum('<math' in o for o in pages) >= 2
+
+
+def test_nothing_comes_from_elsewhere(site):
+    pages = {o.name: o.read_text() for o in site.rglob('*.html')}
+    loads = re.compile(r'<(?:script|img|iframe)[^>]* src="(?:https?:)?//|<link[^>]*(?:stylesheet|icon|preload)[^>]*>')
+    assert {k: o for k, v in pages.items() for o in loads.findall(v) if re.search('="(https?:)?//', o)} == {}
+    used = {o for v in pages.values() for o in re.findall(r'href="[^"]*?(site_libs/[^"]+\.css)"', v)}
+    assert used and [o for o in used if re.search(r'(?:@import|url\()\W*(?:https?:)?//', (site/o).read_text())] == []
+
+
+def test_search_finds_learned_relu(browser, url):
+    see(browser, 1280)
+    browser.get(url)
+    box = browser.find_element('css selector', 'input[type=search], #quarto-search input')
+    box.send_keys('LearnedRelu')
+    from selenium.webdriver.support.ui import WebDriverWait
+    def hits(b): return [o for o in b.find_elements('css selector', 'a[href*="layers.html"]') if 'LearnedRelu' in o.text]
+    found = WebDriverWait(browser, 10).until(hits)
+    browser.get(found[0].get_attribute('href'))
+    assert browser.find_element('css selector', 'h1').text == 'Layers'
+
+
+@pytest.mark.parametrize('name', ['index.html', 'tutorials/index.html', 'api/layers.html', 'results.html'])
+def test_dark_mode_can_be_read(name, browser, url):
+    see(browser, 1280, scheme='dark')
+    browser.get(url + name)
+    read = browser.execute_script(COLOURS)
+    def light(c):
+        r = [float(o)/255 for o in re.findall(r'[\d.]+', c)[:3]]
+        return sum(w*(o/12.92 if o <= .04045 else ((o + .055)/1.055)**2.4) for w, o in zip((.2126, .7152, .0722), r, strict=True))
+    def contrast(a, b): return (max(light(a), light(b)) + .05)/(min(light(a), light(b)) + .05)
+    assert len(read) > 5 and light(browser.execute_script('return getComputedStyle(document.body).backgroundColor')) < .1
+    assert [(text, front, back) for front, back, text in read if contrast(front, back) < 3] == [] # what WCAG asks of large text and of controls
+
+
+@pytest.mark.parametrize('scheme', ['http', 'file'])
+def test_the_widget_says_what_the_library_says(scheme, site, browser, url):
+    see(browser, 1280)
+    browser.get(url if scheme == 'http' else (site/'index.html').resolve().as_uri()) # no server is needed
+    names = 'leak', 'sub', 'maxv', 'x'
+    three = .3, .5, 1.5
+    for values in (*three, -1.), (*three, 0.), (*three, 2.), (*three, 3.2), (0., 0., 10., -4.), (.5, 1., .5, 4.), (.05, .25, 10., .1):
+        got = browser.execute_script(MOVE, values)
+        p = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in zip(names, values, strict=True)}
+        y = learned_relu_reference(p['x'].reshape(1, 1), p['leak'], p['sub'], p['maxv'])
+        y.sum().backward()
+        want = dict(y=y.item(), dx=p['x'].grad.item(), **{f'd{k}': p[k].grad.item() for k in names[:3]})
+        assert got == pytest.approx(want, abs=5.1e-5), values
+
+
+def test_the_widget_goes_by_keyboard_and_says_what_it_is(browser, url):
+    from selenium.webdriver.common.keys import Keys
+    see(browser, 1280)
+    browser.get(url)
+    sliders = browser.find_elements('css selector', '.curve-widget input')
+    assert [(o.aria_role, o.accessible_name.split()[0]) for o in sliders] == [('slider', o) for o in ('leak', 'sub', 'maxv', 'x')]
+    def drawn(): return [browser.find_element('css selector', '.curve-widget ' + o).get_attribute('innerHTML') for o in ('dl', 'svg g')]
+    for o in sliders:
+        before = drawn()
+        o.send_keys(Keys.ARROW_RIGHT)
+        values, lines = (a != b for a, b in zip(before, drawn(), strict=True))
+        assert lines and (values or o.accessible_name.startswith('maxv')) # at x = -1 no cap is reached
+    relu = browser.find_element('xpath', "//button[text()='ReLU']")
+    relu.send_keys(Keys.ENTER)
+    assert [float(o.get_attribute('value')) for o in sliders[:3]] == [0, 0, 10]
+    drawings = browser.find_elements('css selector', '.curve-widget svg')
+    assert len(drawings) == 3 and all('leak 0, sub 0 and maxv 10' in o.accessible_name for o in drawings)
+    assert browser.find_element('css selector', '.curve-widget dl').aria_role == 'status'
+
+
+def test_the_bar_leads_to_the_five_parts(browser, url):
+    see(browser, 1280)
+    browser.get(url)
+    links = {o.text.strip(): o.get_attribute('href') for o in browser.find_elements('css selector', '#navbarCollapse .navbar-nav.me-auto a')}
+    assert list(links) == ['Start', 'Tutorials', 'Explanations', 'Reference', 'Results']
+    for name, to in list(links.items())[1:]:
+        browser.get(to)
+        assert browser.find_element('css selector', 'h1').text == name
+
+
+def contents(items):
+    for o in items:
+        if isinstance(o, str): yield o
+        else: yield from filter(None, [o.get('href')]); yield from contents(o.get('contents', []))
+
+
+def test_every_page_is_in_the_sidebar_and_in_the_list_of_its_part():
+    listed = list(contents(yaml.safe_load((REPO/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']))
+    assert sorted(listed) == sorted(o.as_posix() for o in SOURCES)
+    def head(part): return yaml.safe_load((REPO/'nbs'/part/'index.qmd').read_text().split('---')[1])
+    def pages(part): return [o for o in listed if o.startswith(part) and o.endswith('ipynb')]
+    assert [f'api/{o}' for group in head('api')['listing'] for o in group['contents']] == pages('api')
+    for part in 'tutorials', 'explanations':
+        orders = [re.search(r'^- order: (\d+)$', read_nb(REPO/'nbs'/o).cells[0].source, flags=re.M) for o in pages(part)]
+        assert all(orders) and [int(o[1]) for o in orders] == list(range(1, len(orders) + 1))
+
+
+def test_a_module_has_its_page_with_its_names_and_their_source(site):
+    for file in (REPO/'learned_relu').rglob('[!_]*.py'):
+        found = re.search(r'__all__ = \[(.*?)\]', file.read_text(), flags=re.S)
+        if file.name == 'all.py' or not found: continue
+        page = (site/'api'/('.'.join(file.relative_to(REPO/'learned_relu').with_suffix('').parts) + '.html')).read_text()
+        for name in re.findall(r"'([a-z_]\w+|[A-Z]\w*[a-z]\w*)'", found[1]):
+            assert re.search(rf'id="(?:\w+\.)?{name.lower()}"', page), f'{file.name}: {name}'
+        assert '/blob/main/learned_relu/' in page, file.name
+
+
+def test_llms_txt_names_every_page(site):
+    said = (site/'llms.txt').read_text()
+    assert [o for o in SOURCES if o.suffix == '.ipynb' and html(o).replace('.html', '.llms.md') not in said] == []
+
+
+def test_the_icon_draws_the_curve():
+    line = ElementTree.parse(REPO/'nbs/favicon.svg').find('{*}polyline')
+    x, y = torch.tensor([[float(v) for v in o.split(',')] for o in line.get('points').split()], dtype=torch.float64).T
+    title = ElementTree.parse(REPO/'nbs/favicon.svg').find('{*}title').text
+    leak, sub, maxv = (torch.tensor(float(o), dtype=torch.float64) for o in re.findall(r'[\d.]+', title))
+    torch.testing.assert_close(-y, learned_relu_reference(x[:, None], leak, sub, maxv)[:, 0])
