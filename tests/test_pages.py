@@ -1,9 +1,12 @@
 "What readers find stored in the pages: results, and nothing of the machine that made them."
+import base64
+import io
 import re
 from pathlib import Path
 
 import pytest
 from fastcore.nbio import read_nb
+from PIL import Image
 
 PAGES = sorted((Path(__file__).parents[1]/'nbs').rglob('[!.]*.ipynb'))
 UNWANTED = re.compile(r'█|Warning|Traceback|/home/|/root/|/tmp/|/usr/|\\\\Users')
@@ -32,8 +35,10 @@ def test_something_is_stored(page): assert any(t.strip() for _, t in texts(read_
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda o: o.name)
-def test_every_figure_has_a_title_and_a_description(page):
+def test_every_figure_has_a_title_and_a_description_and_is_stored_small(page):
     for cell in read_nb(page).cells:
-        if not any('image/png' in o.get('data', {}) for o in cell.get('outputs', [])): continue
+        pictures = [''.join(o['data']['image/png']) for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
+        if not pictures: continue
         said = dict(re.findall(r'^#\| (fig-\w+): (.+)$', cell.source, flags=re.M))
-        assert len(said.get('fig-cap', '')) > 10 and len(said.get('fig-alt', '')) > 40, cell.source
+        assert len(pictures) == 1 and len(said.get('fig-cap', '')) > 10 and len(said.get('fig-alt', '')) > 40, cell.source
+        assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).mode == 'P', 'run `python tools/figures.py`'

@@ -1,6 +1,8 @@
 "The docs site, built and read in a real browser: what a reader sees, finds and can move."
 import functools
 import http.server
+import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ import yaml
 from fastcore.nbio import read_nb
 from nbdev.config import get_config
 
+import learned_relu
 from learned_relu.functional import learned_relu_reference
 
 REPO = Path(__file__).parents[1]
@@ -30,7 +33,7 @@ return {title: document.title, about: document.querySelector('meta[name=descript
         pictures: [...document.images].map(o => [o.naturalWidth, o.alt, titled(o)]), text: document.querySelector('main').innerText,
         formulas: [...document.querySelectorAll('math')].map(o => o.getBoundingClientRect().height)}"""
 COLOURS = r"""const colour = o => getComputedStyle(o).backgroundColor;
-const behind = o => { for (; o; o = o.parentElement) if (!/, 0\)$/.test(colour(o))) return colour(o) };
+const behind = o => { for (; o; o = o.parentElement) if (!/, 0(\.[0-4]\d*)?\)$/.test(colour(o))) return colour(o) };
 const read = [...document.querySelectorAll(['p', 'h1', 'h2', 'code', 'a', 'button', 'td', 'dt', 'output'].map(o => 'main ' + o).join())];
 return read.filter(o => o.offsetParent).map(o => [getComputedStyle(o).color, behind(o) || 'rgb(255, 255, 255)', o.textContent.slice(0, 40)])"""
 MOVE = """[...document.querySelectorAll('.curve-widget input')].forEach((o, i) => {
@@ -197,13 +200,13 @@ def test_every_page_is_in_the_sidebar_and_in_the_list_of_its_part():
 
 
 def test_a_module_has_its_page_with_its_names_and_their_source(site):
-    for file in (REPO/'learned_relu').rglob('[!_]*.py'):
-        found = re.search(r'__all__ = \[(.*?)\]', file.read_text(), flags=re.S)
-        if file.name == 'all.py' or not found: continue
-        page = (site/'api'/('.'.join(file.relative_to(REPO/'learned_relu').with_suffix('').parts) + '.html')).read_text()
-        for name in re.findall(r"'([a-z_]\w+|[A-Z]\w*[a-z]\w*)'", found[1]):
-            assert re.search(rf'id="(?:\w+\.)?{name.lower()}"', page), f'{file.name}: {name}'
-        assert '/blob/main/learned_relu/' in page, file.name
+    for info in pkgutil.walk_packages(learned_relu.__path__, 'learned_relu.'):
+        name = info.name.removeprefix('learned_relu.')
+        if info.ispkg or name in ('all', '_modidx'): continue
+        module, page = importlib.import_module(info.name), (site/f'api/{name}.html').read_text()
+        told = [k for k in module.__all__ if callable(getattr(module, k))]
+        assert [k for k in told if not re.search(rf'id="(?:\w+\.)?{k.lower()}"', page)] == []
+        assert not told or f'/blob/main/learned_relu/{name.replace(".", "/")}.py' in page and '<th>Details</th>' in page.replace(' class="header"', ''), name
 
 
 def test_llms_txt_names_every_page(site):
