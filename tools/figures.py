@@ -8,6 +8,7 @@ from fastcore.nbio import read_nb, write_nb
 from nbdev.config import get_config
 from PIL import Image
 
+
 def small(png):
     "The picture with its colours in a palette; None where they are already"
     im, out = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
