@@ -1,13 +1,21 @@
 "How the reference pages show a symbol: as nbdev does, with a table of its parameters in the place of comments. For building the site only."
-from inspect import Parameter
+import re
+from inspect import Parameter, getsource
 
 from fastcore.docments import DocmentTbl
 from nbdev.showdoc import BasicMarkdownRenderer
 
+
+def parameter_table(sym) -> str:
+    "Markdown of the parameters; fastcore does not read the comment behind a `**name`."
+    table = DocmentTbl(sym)
+    for name, said in re.findall(r'^\s*\*\*(\w+)[^#\n]*# (.+)$', getsource(sym), flags=re.M):
+        if name in table.dm: table.dm[name]['docment'] = said
+    return str(table)
 
 class ParameterTable(BasicMarkdownRenderer):
     "Source link, heading, call, docstring and a table of parameters."
     def _repr_markdown_(self):
         before, _, after = super()._repr_markdown_().partition(f'```python\n{self.dm}\n```')
         params = [p.replace(annotation=Parameter.empty) for p in self.sig.parameters.values() if p.name != 'self'] if self.sig else []
-        return f'{before}```python\n{self.nm}({", ".join(map(str, params))})\n```\n\n{after.strip()}\n\n{DocmentTbl(self.sym)}'
+        return f'{before}```python\n{self.nm}({", ".join(map(str, params))})\n```\n\n{after.strip()}\n\n{parameter_table(self.sym)}'
