@@ -2,11 +2,19 @@
 import base64
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from fastcore.nbio import read_nb
+from fastcore.script import anno_parser
 from PIL import Image
+
+from learned_relu.bench.arms import arm_patch
+from learned_relu.bench.cli import learned_relu_compare
+from learned_relu.bench.recipe import read_recipe
+from learned_relu.bench.report_cli import learned_relu_report
+from learned_relu.bench.train import learned_relu_train
 
 PAGES = sorted((Path(__file__).parents[1]/'nbs').rglob('[!.]*.ipynb'))
 UNWANTED = re.compile(r'█|Warning|Traceback|/home/|/root/|/tmp/|/usr/|\\\\Users')
@@ -42,3 +50,24 @@ def test_every_figure_has_a_title_and_a_description_and_is_stored_small(page):
         said = dict(re.findall(r'^#\| (fig-\w+): (.+)$', cell.source, flags=re.M))
         assert len(pictures) == 1 and len(said.get('fig-cap', '')) > 10 and len(said.get('fig-alt', '')) > 40, cell.source
         assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).mode == 'P', 'run `python tools/figures.py`'
+
+
+COMMANDS = {'learned_relu_compare': learned_relu_compare, 'learned_relu.bench.train': learned_relu_train, 'learned_relu_report': learned_relu_report}
+PROSE = {o: '\n'.join(c.source for c in read_nb(o).cells if c.cell_type == 'markdown') for o in PAGES if o.parent.name != 'api'}
+SHELL = re.compile(r'^```sh\n(.*?)^```', re.S | re.M)
+SHOWN = [(o.name, line) for o, text in PROSE.items() for block in SHELL.findall(text) for line in block.splitlines()]
+
+
+def test_code_in_the_prose_is_for_a_shell(): # all other code is in cells, which run
+    assert {o for text in PROSE.values() for o in re.findall(r'^```(\w+)', text, flags=re.M)} == {'sh'} and len(SHOWN) >= 7
+
+
+@pytest.mark.parametrize('name,line', SHOWN)
+def test_a_command_in_the_prose_can_be_given(name, line):
+    words = [o.removeprefix('.venv/bin/') for o in shlex.split(line.split('&&')[-1])]
+    if words == ['python', '-m', 'pytest']: return # what .ci/run runs
+    command = next(o for o in words if o in COMMANDS)
+    args = vars(anno_parser(COMMANDS[command], command).parse_args(words[words.index(command) + 1:]))
+    if args.get('recipe'): read_recipe(PAGES[0].parents[2]/args['recipe'])
+    for arm in (args.get('arms') or args.get('arm') or 'relu').split(','):
+        if '.' not in arm: arm_patch(arm) # one of the reader's own is not here
