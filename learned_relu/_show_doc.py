@@ -1,6 +1,6 @@
 "How the reference pages show a symbol: as nbdev does, with a table of its parameters in the place of comments. For building the site only."
 import re
-from inspect import Parameter, getsource
+from inspect import Parameter, getsource, isclass
 
 from fastcore.docments import DocmentTbl
 from nbdev.showdoc import BasicMarkdownRenderer
@@ -9,7 +9,9 @@ from nbdev.showdoc import BasicMarkdownRenderer
 def parameter_table(sym) -> str:
     "Markdown of the parameters; fastcore does not read the comment behind a `**name`."
     table = DocmentTbl(sym)
-    for name, said in re.findall(r'^\s*\*\*(\w+)[^#\n]*# (.+)$', getsource(sym), flags=re.M):
+    try: source = getsource(sym.__init__ if isclass(sym) else sym)
+    except (OSError, TypeError): source = '' # a dataclass has no `__init__` in a file
+    for name, said in re.findall(r'^\s*\*\*(\w+)[^#\n]*# (.+)$', source, flags=re.M):
         if name in table.dm: table.dm[name]['docment'] = said
     return str(table)
 
