@@ -123,7 +123,7 @@ def test_search_finds_learned_relu(browser, url):
     assert browser.find_element('css selector', 'h1').text == 'Layers' and '#learnedrelu' in browser.current_url
 
 
-@pytest.mark.parametrize('name', ['index.html', 'tutorials/index.html', 'api/layers.html', 'results.html'])
+@pytest.mark.parametrize('name', [o.with_name(html(o)).as_posix() for o in SOURCES])
 def test_dark_mode_can_be_read(name, browser, url):
     see(browser, 1280, scheme='dark')
     browser.get(url + name)
