@@ -1,9 +1,13 @@
 "Two processes over gloo: the same averages and the same frozen values in both, one record, no deadlock."
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from learned_relu.bench.record import read_record
 
@@ -26,8 +30,47 @@ def test_both_processes_hold_the_same(images, tmp_path):
     assert a['telemetry'] == b['telemetry'] == 6*57 and a['loaders'] == ['TfmdDL', 'TfmdDL']
 
 
-def test_a_run_by_two_processes_leaves_one_record(images, tmp_path):
-    done = launch('-m', 'learned_relu.bench.train', '--data', images, '--size', 16, '--bs', 4, '--arm', 'learned+averages', '--out', tmp_path)
-    records = [read_record(o) for o in (tmp_path/'records').glob('*.json')]
-    assert len(records) == 1 and records[0]['hardware']['processes'] == 2 and 'telemetry' in records[0]
-    assert done.stdout.count('run 1/1') == 1 and done.stdout.count('table.csv') == 1 and not (tmp_path/'checkpoints').exists()
+TRAIN = '--size', '16', '--bs', '4', '--epochs', '2', '--opt', 'ranger', '--arm', 'learned+averages'
+
+
+def train(images, out): return '-m', 'learned_relu.bench.train', '--data', images, *TRAIN, '--out', out
+
+
+def only_record(out):
+    found = list((out/'records').glob('*.json'))
+    assert len(found) == 1 and not (out/'checkpoints').exists()
+    return read_record(found[0])
+
+
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory):
+    "A run that nothing interrupts, and what it said"
+    out = tmp_path_factory.mktemp('whole')
+    return out, launch(*train(images, out)).stdout
+
+
+def test_a_run_by_two_processes_leaves_one_record(whole):
+    out, said = whole
+    record = only_record(out)
+    assert record['hardware']['processes'] == 2 and 'telemetry' in record and record['resumed'] == []
+    assert said.count('run 1/1') == 1 and said.count('table.csv') == 1
+
+
+@pytest.mark.skipif(not Path('/proc').exists(), reason='who started whom is read from /proc')
+def test_a_run_by_two_processes_goes_on_after_both_were_killed(images, whole, tmp_path):
+    child = subprocess.Popen([*LAUNCH, *map(str, train(images, tmp_path))], env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list(tmp_path.glob('checkpoints/*.pt')):
+        assert child.poll() is None
+        time.sleep(.02)
+    for o in [*workers(child.pid), child.pid]: os.kill(o, signal.SIGKILL) # the launcher starts each in a session of its own
+    child.wait()
+    assert not list(tmp_path.glob('records/*.json'))
+    launch(*train(images, tmp_path))
+    a, b = only_record(whole[0]), only_record(tmp_path)
+    assert b['resumed'] == [1] and a['end'] == b['end'] and a['accuracy'] == b['accuracy'] and a['activation'] == b['activation']
+
+
+def workers(launcher):
+    "The processes that a process has started, by what Linux says of them"
+    return [int(o) for t in Path(f'/proc/{launcher}/task').iterdir() for o in (t/'children').read_text().split()]
