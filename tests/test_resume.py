@@ -57,9 +57,9 @@ def test_interrupted_twice(images, tmp_path, monkeypatch):
     for n in 1, 2:
         with monkeypatch.context() as m:
             killed_after(m, n)
-            with pytest.raises(KeyboardInterrupt): train_run('relu', 0, recipe, source, checkpoint=file)
-    again = train_run('relu', 0, recipe, source, checkpoint=file)
-    assert again['resumed'] == [1, 2] and ended(again) == ended(train_run('relu', 0, recipe, source))
+            with pytest.raises(KeyboardInterrupt): train_run('penalty', 0, recipe, source, checkpoint=file)
+    again = train_run('penalty', 0, recipe, source, checkpoint=file)
+    assert again['resumed'] == [1, 2] and ended(again) == ended(train_run('penalty', 0, recipe, source))
 
 
 def test_killed_within_an_epoch_by_the_system(images, tmp_path):
