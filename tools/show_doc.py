@@ -1,4 +1,4 @@
-"How the reference pages show a symbol: as nbdev does, with a table of its parameters in the place of comments. For building the site only."
+"How the reference pages show a symbol: as nbdev does, with a table of its parameters in the place of comments. `tools` has to be on the path."
 import re
 from inspect import Parameter, getsource, isclass
 
