@@ -59,7 +59,7 @@ SHOWN = [(o.name, line) for o, text in PROSE.items() for block in SHELL.findall(
 
 
 def test_code_in_the_prose_is_for_a_shell(): # all other code is in cells, which run
-    assert {o for text in PROSE.values() for o in re.findall(r'^```(\w+)', text, flags=re.M)} == {'sh'} and len(SHOWN) >= 7
+    assert {o for text in PROSE.values() for o in re.findall(r'^(?:```|~~~)(\S*)', text, flags=re.M)} == {'sh', ''} and len(SHOWN) >= 7
 
 
 @pytest.mark.parametrize('name,line', SHOWN)
