@@ -105,7 +105,7 @@ def test_a_page_loads_with_its_figures_and_formulas_and_fits_a_phone(source, bro
 
 
 def test_nothing_comes_from_elsewhere(site):
-    pages = {o.name: o.read_text() for o in site.rglob('*.html')}
+    pages = {str(o.relative_to(site)): o.read_text() for o in site.rglob('*.html')}
     loads = re.compile(r'<(?:script|img|iframe)[^>]* src="(?:https?:)?//|<link[^>]*(?:stylesheet|icon|preload)[^>]*>')
     assert {k: o for k, v in pages.items() for o in loads.findall(v) if re.search('="(https?:)?//', o)} == {}
     used = {o for v in pages.values() for o in re.findall(r'href="[^"]*?(site_libs/[^"]+\.css)"', v)}

@@ -1,4 +1,4 @@
-"""Store the figures of the notebooks small: at most 1200 pixels wide, in 64 colours, an eighth of what was saved.
+"""Store the figures of the notebooks small: at most 1200 pixels wide, in 64 colours.
 
 `python tools/figures.py` after `nbdev-test --save`."""
 import base64
