@@ -96,9 +96,10 @@ def test_a_page_loads_with_its_figures_and_formulas_and_fits_a_phone(source, bro
     said = browser.execute_script(SEEN)
     assert said['title'] and said['about'] and said['headings'] == 1
     assert all(width > 0 and len(alt) > 20 and titled for width, alt, titled in said['pictures'])
-    stored = [o for c in read_nb(REPO/'nbs'/source).cells for o in c.get('outputs', [])] if source.suffix == '.ipynb' else []
+    cells = read_nb(REPO/'nbs'/source).cells if source.suffix == '.ipynb' else []
+    stored = [o for c in cells for o in c.get('outputs', [])]
     assert len(said['pictures']) == sum('image/png' in o.get('data', {}) for o in stored) + (source.name == 'index.ipynb')
-    prose = '\n'.join(o.source for o in read_nb(REPO/'nbs'/source).cells if o.cell_type == 'markdown') if source.suffix == '.ipynb' else ''
+    prose = '\n'.join(o.source for o in cells if o.cell_type == 'markdown')
     formulas = re.findall(r'\$\$.+?\$\$|\$[^$\n]+\$', re.sub(r'```.*?```|`[^`]*`', '', prose, flags=re.S), flags=re.S)
     assert len(said['formulas']) == len(formulas) and all(height > 5 and '\\' not in text for height, text in said['formulas'])
     see(browser, 390)
@@ -246,18 +247,21 @@ def test_llms_txt_names_every_page(site):
     assert [o for o in SOURCES if o.with_name(html(o)).as_posix().replace('.html', '.llms.md') not in named] == []
 
 
+def points(line): return torch.tensor([[float(v) for v in o.split(',')] for o in line.get('points').split()], dtype=torch.float64).T
+
+
 def test_the_drawn_curves_are_curves():
     lines = ElementTree.parse(REPO/'nbs/curve.svg').findall('.//{*}polyline')
     assert len(lines) == 3
     for line in lines:
-        x, y = torch.tensor([[float(v) for v in o.split(',')] for o in line.get('points').split()], dtype=torch.float64).T
+        x, y = points(line)
         values = (torch.tensor(float(line.get(f'data-{k}')), dtype=torch.float64) for k in ('leak', 'sub', 'maxv'))
         torch.testing.assert_close(y, learned_relu_reference(x[:, None], *values)[:, 0])
 
 
 def test_the_icon_draws_the_curve():
     line = ElementTree.parse(REPO/'nbs/favicon.svg').find('{*}polyline')
-    x, y = torch.tensor([[float(v) for v in o.split(',')] for o in line.get('points').split()], dtype=torch.float64).T
+    x, y = points(line)
     title = ElementTree.parse(REPO/'nbs/favicon.svg').find('{*}title').text
     leak, sub, maxv = (torch.tensor(float(o), dtype=torch.float64) for o in re.findall(r'[\d.]+', title))
     torch.testing.assert_close(-y, learned_relu_reference(x[:, None], leak, sub, maxv)[:, 0])
