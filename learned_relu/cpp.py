@@ -7,10 +7,12 @@ Docs: https://learned-relu.github.io/learned_relu/api/cpp.html.md"""
 # %% auto #0
 __all__ = ['lanes', 'curve', 'loops', 'source']
 
-# %% ../nbs/api/00_cpp.ipynb #990529ce
+# %% ../nbs/api/00_cpp.ipynb #13451fc5
 lanes = r'''
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #ifdef __AVX__
 #include <immintrin.h>
@@ -63,7 +65,7 @@ template<class T> INLINE uint8_t pack(Mask<T> m) {
 template<class T> INLINE Mask<T> unpack(uint8_t b) { return (Mask<T>{1, 2, 4, 8, 16, 32, 64, 128} & b) != 0; }
 '''
 
-# %% ../nbs/api/00_cpp.ipynb #ef986c85
+# %% ../nbs/api/00_cpp.ipynb #1aca693a
 curve = r'''
 template<class T> struct Curve {
   V<T> leak, sub, maxv, floor;
@@ -95,6 +97,7 @@ template<class T> INLINE V<T> from_output(const Curve<T>& c, V<T> y, Mask<T> pos
 }
 
 INLINE I least(I a, I b) { return a < b ? a : b; }
+INLINE I most(I a, I b) { return a > b ? a : b; }
 // strips: `count` groups of `k` lanes, `step` elements apart
 template<class S> INLINE uint8_t forward_group(const S* x, S* y, I k, const Curve<C<S>>& c) {
   V<C<S>> v = load(x, k), z = rounded<S>(c.shifted(v));
@@ -140,13 +143,25 @@ template<class S> INLINE void input_strip(const S* g, const S* x, S* dx, I count
 }
 '''
 
-# %% ../nbs/api/00_cpp.ipynb #ed9f55ff
+# %% ../nbs/api/00_cpp.ipynb #44af2c65
 loops = r'''
 constexpr I TILE = 4, GRAIN = 32768; // rows of columns done together; elements below which one thread does it all
-template<class S> struct Params { const C<S> *leak, *sub, *maxv; }; // one value per channel of each
+template<class S> struct Params { // one value per channel of the layout, rounded as activations are
+  const C<S> *leak, *sub, *maxv;
+  C<S>* own = nullptr;
+  Params(const C<S>* leak, const C<S>* sub, const C<S>* maxv, I channels, I repeat) : leak(leak), sub(sub), maxv(maxv) {
+    if (repeat == 1 && sizeof(S) == sizeof(C<S>)) return;
+    C<S>* to = own = (C<S>*)malloc(3*channels*sizeof(C<S>));
+    for (const C<S>* from : {leak, sub, maxv})
+      for (I i = 0; i < channels/repeat; i++) for (C<S> v = rounded<S>(all(from[i]))[0], *end = to + repeat; to < end;) *to++ = v;
+    this->leak = own; this->sub = own + channels; this->maxv = own + 2*channels;
+  }
+  ~Params() { free(own); }
+  Params(const Params&) = delete;
+};
 INLINE I place(const I* slot, I i, const void* y, I channel) { return slot ? slot[i] : y ? -1 : channel; }
 
-template<class S> void forward_rows(const S* x, S* y, uint8_t* signs, Params<S> p, I numel, I channels, I inner) {
+template<class S> void forward_rows(const S* x, S* y, uint8_t* signs, const Params<S>& p, I numel, I channels, I inner) {
   I rows = (numel + inner - 1)/inner, bytes = signs ? (inner + 7)/8 : 0;
   #pragma omp parallel for if (numel > GRAIN)
   for (I r = 0; r < rows; r++) {
@@ -159,7 +174,7 @@ template<class S> void forward_rows(const S* x, S* y, uint8_t* signs, Params<S> 
   }
 }
 template<class S> void backward_rows(const S* g, const S* y, const uint8_t* signs, const S* x, const I* slot, I kept, S* dx, C<S>* sums,
-                                     Params<S> p, I numel, I channels, I inner, I block) {
+                                     const Params<S>& p, I numel, I channels, I inner, I block) {
   I rows = (numel + inner - 1)/inner, outer = (rows + channels - 1)/channels, bytes = (inner + 7)/8, tasks = (outer + block - 1)/block*channels;
   #pragma omp parallel for if (numel > GRAIN)
   for (I t = 0; t < tasks; t++) {
@@ -180,16 +195,16 @@ template<class S> void backward_rows(const S* g, const S* y, const uint8_t* sign
       }
     }
     C<S>* q = sums + t/channels*3*channels + ch;
-    q[0] = total<C<S>>(s.leak)/(place(slot, ch, y, ch) < 0 ? p.leak[ch] : 1); q[channels] = total<C<S>>(s.sub); q[2*channels] = total<C<S>>(s.maxv);
+    q[0] = total<C<S>>(s.leak); q[channels] = total<C<S>>(s.sub); q[2*channels] = total<C<S>>(s.maxv);
   }
 }
 
-template<class S> INLINE void forward_across(const S* x, S* y, uint8_t* signs, Params<S> p, I rows, I channels, I ch, I bytes, I k) {
+template<class S> INLINE void forward_across(const S* x, S* y, uint8_t* signs, const Params<S>& p, I rows, I channels, I ch, I bytes, I k) {
   Curve<C<S>> c(load(p.leak + ch, k), load(p.sub + ch, k), load(p.maxv + ch, k));
   if (signs) forward_strip(x + ch, y + ch, signs + ch/W, rows, channels, bytes, k, c);
   else forward_strip(x + ch, y + ch, signs, rows, channels, 0, k, c);
 }
-template<class S> void forward_columns(const S* x, S* y, uint8_t* signs, Params<S> p, I outer, I channels) {
+template<class S> void forward_columns(const S* x, S* y, uint8_t* signs, const Params<S>& p, I outer, I channels) {
   I bytes = signs ? (channels + 7)/8 : 0;
   #pragma omp parallel for if (outer*channels > GRAIN)
   for (I o = 0; o < outer; o += TILE) {
@@ -199,7 +214,7 @@ template<class S> void forward_columns(const S* x, S* y, uint8_t* signs, Params<
   }
 }
 template<class S> INLINE void backward_across(const S* g, const S* y, const uint8_t* signs, const S* x, I slot, I kept, S* dx, C<S>* sums,
-                                             Params<S> p, I rows, I channels, I ch, I bytes, I k) {
+                                             const Params<S>& p, I rows, I channels, I ch, I bytes, I k) {
   Curve<C<S>> c(load(p.leak + ch, k), load(p.sub + ch, k), load(p.maxv + ch, k));
   Sums<C<S>> s{load(sums + ch, k), load(sums + channels + ch, k), load(sums + 2*channels + ch, k)};
   if (slot < 0) output_strip(g + ch, y + ch, signs + ch/W, dx + ch, rows, channels, bytes, k, c, s);
@@ -207,7 +222,7 @@ template<class S> INLINE void backward_across(const S* g, const S* y, const uint
   store(sums + ch, s.leak, k); store(sums + channels + ch, s.sub, k); store(sums + 2*channels + ch, s.maxv, k);
 }
 template<class S> void backward_columns(const S* g, const S* y, const uint8_t* signs, const S* x, const I* slot, I kept, S* dx, C<S>* sums,
-                                        Params<S> p, I outer, I channels, I block) {
+                                        const Params<S>& p, I outer, I channels, I block) {
   constexpr I WIDE = 2048; // channels of one task
   I bytes = (channels + 7)/8, across = (channels + WIDE - 1)/WIDE, tasks = (outer + block - 1)/block*across;
   #pragma omp parallel for if (outer*channels > GRAIN)
@@ -224,30 +239,67 @@ template<class S> void backward_columns(const S* g, const S* y, const uint8_t* s
         backward_across(g + at, y + at, signs + o*bytes, x + o*kept, place(slot, ch/W, y, ch), kept, dx + at, q, p, rows, channels,
                        ch, bytes, right - ch);
     }
-    for (I ch = left; ch < right; ch++) if (place(slot, ch/W, y, ch) < 0) q[ch] /= p.leak[ch];
   }
 }
 
-template<class T> I lost(const T* leak, const T* sub, I channels, T eps, bool* which) {
+// parts: `blocks` of leak, sub, maxv, each one value per channel of the layout, added in pairs, which rounds less
+template<class S> void finish(C<S>* parts, I blocks, C<S>* const sums[3], const Params<S>& p, const I* slot, I group, const void* y, I channels, I repeat) {
+  constexpr I CHUNK = 1024;
+  I width = 3*channels;
+  #pragma omp parallel for if (blocks*width > GRAIN)
+  for (I left = 0; left < width; left += CHUNK)
+    for (I step = 1; step < blocks; step *= 2) for (I b = 0; b + step < blocks; b += 2*step) {
+      C<S> *to = parts + b*width, *from = to + step*width;
+      for (I i = left; i < least(width, left + CHUNK); i++) to[i] += from[i];
+    }
+  for (I ch = 0; ch < channels; ch++) if (place(slot, ch/group, y, ch) < 0) parts[ch] /= p.leak[ch];
+  for (I j = 0; j < 3; j++) for (I i = 0; i < channels/repeat; i++) {
+    double sum = 0;
+    for (I r = 0; r < repeat; r++) sum += *parts++;
+    sums[j][i] = sum;
+  }
+}
+
+template<class S> I lost(const C<S>* leak, const C<S>* sub, I num, bool* which) {
+  const double eps = sizeof(S) == sizeof(C<S>) ? std::numeric_limits<C<S>>::epsilon() : 1./128;
   I n = 0;
-  for (I c = 0; c < channels; c++) {
-    T least = (sub[c] < 0 ? -sub[c] : sub[c])*eps*1024;
-    n += which[c] = !(leak[c] >= 1./1024 && leak[c] >= least);
+  for (I i = 0; i < num; i++) {
+    double l = leak[i], s = sub[i];
+    bool one = !(l >= 1./1024 && l >= (s < 0 ? -s : s)*eps*1024);
+    if (which) which[i] = one;
+    n += one;
   }
   return n;
 }
 
+template<class S> void forward(const S* x, S* y, uint8_t* signs, const C<S>* leak, const C<S>* sub, const C<S>* maxv,
+                               I numel, I channels, I inner, I repeat) {
+  Params<S> p(leak, sub, maxv, channels, repeat);
+  if (inner > 1) forward_rows(x, y, signs, p, numel, channels, inner);
+  else forward_columns(x, y, signs, p, numel/channels, channels);
+}
+template<class S> void backward(const S* g, const S* y, const uint8_t* signs, const S* x, const I* slot, I kept, S* dx, C<S>* const sums[3],
+                     const C<S>* leak, const C<S>* sub, const C<S>* maxv, I numel, I channels, I inner, I repeat) {
+  Params<S> p(leak, sub, maxv, channels, repeat);
+  I outer = (numel + channels*inner - 1)/(channels*inner), block = inner > 1 ? most(1, 1024/inner) : most(16, (outer + 63)/64);
+  I blocks = (outer + block - 1)/block;
+  C<S>* parts = (C<S>*)malloc(blocks*3*channels*sizeof(C<S>));
+  if (inner > 1) backward_rows(g, y, signs, x, slot, kept, dx, parts, p, numel, channels, inner, block);
+  else backward_columns(g, y, signs, x, slot, kept, dx, parts, p, outer, channels, block);
+  finish(parts, blocks, sums, p, slot, inner > 1 ? 1 : W, y, channels, repeat);
+  free(parts);
+}
+
 #define EXPORT(S) \
-extern "C" I lost_##S(const C<S>* leak, const C<S>* sub, I channels, double eps, bool* which) { return lost<C<S>>(leak, sub, channels, eps, which); } \
-extern "C" void forward_##S(const S* x, S* y, uint8_t* signs, const C<S>* leak, const C<S>* sub, const C<S>* maxv, I numel, I channels, I inner) { \
-  Params<S> p{leak, sub, maxv}; \
-  if (inner > 1) forward_rows(x, y, signs, p, numel, channels, inner); \
-  else forward_columns(x, y, signs, p, numel/channels, channels); } \
-extern "C" void backward_##S(const S* g, const S* y, const uint8_t* signs, const S* x, const I* slot, I kept, S* dx, C<S>* sums, \
-                             const C<S>* leak, const C<S>* sub, const C<S>* maxv, I numel, I channels, I inner, I block) { \
-  Params<S> p{leak, sub, maxv}; \
-  if (inner > 1) backward_rows(g, y, signs, x, slot, kept, dx, sums, p, numel, channels, inner, block); \
-  else backward_columns(g, y, signs, x, slot, kept, dx, sums, p, numel/channels, channels, block); }
+extern "C" I lost_##S(const C<S>* leak, const C<S>* sub, I num, bool* which) { return lost<S>(leak, sub, num, which); } \
+extern "C" void forward_##S(const S* x, S* y, uint8_t* signs, const C<S>* leak, const C<S>* sub, const C<S>* maxv, \
+                            I numel, I channels, I inner, I repeat) { \
+  forward(x, y, signs, leak, sub, maxv, numel, channels, inner, repeat); } \
+extern "C" void backward_##S(const S* g, const S* y, const uint8_t* signs, const S* x, const I* slot, I kept, S* dx, \
+                             C<S>* dleak, C<S>* dsub, C<S>* dmaxv, const C<S>* leak, const C<S>* sub, const C<S>* maxv, \
+                             I numel, I channels, I inner, I repeat) { \
+  C<S>* const sums[] = {dleak, dsub, dmaxv}; \
+  backward(g, y, signs, x, slot, kept, dx, sums, leak, sub, maxv, numel, channels, inner, repeat); }
 EXPORT(float)
 EXPORT(double)
 EXPORT(bfloat16)

@@ -8,17 +8,19 @@ Docs: https://learned-relu.github.io/learned_relu/api/functional.html.md"""
 __all__ = ['channel_shape', 'check_input', 'lined_up', 'param_grad', 'negative_part', 'learned_relu_reference', 'transformed',
            'learned_relu', 'learned_relu_gradients']
 
-# %% ../nbs/api/00_functional.ipynb #d1cf64d6
+# %% ../nbs/api/00_functional.ipynb #995dd536
 import os
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import cpu
-from .layout import values_of
+from .layout import Layout, layout_of, values_of
 
 # %% ../nbs/api/00_functional.ipynb #b80cb3e5
 def channel_shape(
@@ -152,71 +154,91 @@ class _Eager(torch.autograd.Function):
 
 def _needed(grads, need): return (o if n else None for o,n in zip(grads, need))
 
-# %% ../nbs/api/00_functional.ipynb #9c34558f
+# %% ../nbs/api/00_functional.ipynb #51a96a4c
+class _How(NamedTuple):
+    kernels:ModuleType # of the device
+    lay:Layout # of the input
+    channel_dim:int
+    values:tuple # leak, sub and maxv, as the kernels read them
+    fit:bool # their gradients are those of the parameters
+    whole:bool # the whole input is kept
+    slot:Tensor # where to find each channel in what is kept; None where that is nothing or everything
+
 class _Kernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, leak, sub, maxv, kept, slot, whole, values, lay, channel_dim, kernels):
-        y,bits = kernels.forward(x, values, lay, signs=not whole)
-        ctx.save_for_backward(leak, sub, maxv, *((None, None, x) if whole else (y, bits, kept)))
-        ctx.slot,ctx.values,ctx.lay,ctx.channel_dim,ctx.kernels,ctx.strides = slot,values,lay,channel_dim,kernels,y.stride()
+    def forward(ctx, x, leak, sub, maxv, kept, how):
+        y,bits = how.kernels.forward(x, how.values, how.lay, signs=not how.whole)
+        ctx.save_for_backward(leak, sub, maxv, *((None, None, x) if how.whole else (y, bits, kept)))
+        ctx.how,ctx.strides = how,y.stride()
         return y
 
     @staticmethod
     def backward(ctx, g):
-        *params,y,bits,kept = ctx.saved_tensors
-        if y is None: kept = _lies(kept, ctx.strides)
+        leak,sub,maxv,y,bits,kept = ctx.saved_tensors
+        how = ctx.how
+        if how.whole: kept = _lies(kept, ctx.strides)
         else: y = _lies(y, ctx.strides)
-        if torch.is_grad_enabled() or _batched(g): grads = _differentiable(ctx, g, params, y, bits, kept)
-        else:
-            dx,sums = ctx.kernels.backward(g, y, bits, kept, ctx.slot, ctx.values, ctx.lay)
-            grads = dx, *map(_shaped, sums, params)
-        return *_needed(grads, ctx.needs_input_grad), *[None]*7
+        if torch.is_grad_enabled() or _batched(g): return *_needed(_differentiable(how, g, (leak, sub, maxv), y, bits, kept), ctx.needs_input_grad), None, None
+        dx,*grads = how.kernels.backward(g, y, bits, kept, how.slot, how.values, how.lay)
+        return dx, *(grads if how.fit else map(_shaped, grads, (leak, sub, maxv))), None, None
 
-def _batched(g): return torch._C._functorch.is_legacy_batchedtensor(g) or torch._C._functorch.is_batchedtensor(g)
+def _batched(g): return is_legacy_batchedtensor(g) or is_batchedtensor(g)
 
 def _lies(t, strides): # hooks on saved tensors, as `save_on_cpu`, may lay them out anew
     return t if t.stride() == strides else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 def _shaped(s, p): return s if s.shape == p.shape and s.dtype == p.dtype else (s if p.numel() > 1 else s.sum()).reshape(p.shape).to(p.dtype)
 
-def _differentiable(ctx, g, params, y, bits, kept):
-    whole = y is None
-    like = kept if whole else y
-    lines = l,s,m = lined_up(like, ctx.channel_dim, **dict(zip(('leak', 'sub', 'maxv'), params)))
-    if whole:
+def _differentiable(how, g, params, y, bits, kept):
+    like = kept if how.whole else y
+    lines = l,s,m = lined_up(like, how.channel_dim, **dict(zip(('leak', 'sub', 'maxv'), params)))
+    if how.whole:
         with torch.no_grad(): clipped = _shifted(kept, l, s, _floor(kept, l)) >= m
         return _gradients(g, kept > 0, clipped, negative_part(kept, l), params, lines)
-    positive = cpu.positive(bits, y, ctx.lay)
+    positive = cpu.positive(bits, y, how.lay)
     negative = torch.where(positive, 0, (y + s)/torch.where(l < 2**-10, 1, l)) # elsewhere it is kept, or nobody asks
-    if kept is not None: negative = cpu.with_kept(negative, kept.clamp(torch.finfo(kept.dtype).min, 0), ctx.slot, ctx.channel_dim, ctx.lay)
+    if kept is not None: negative = cpu.with_kept(negative, kept.clamp(torch.finfo(kept.dtype).min, 0), how.slot, how.channel_dim, how.lay)
     return _gradients(g, positive, y >= m, negative, params, lines)
 
-def _kernels_for(x, params, channel_dim, num):
-    if any(p.device != x.device for p in params): return None, None # PyTorch says what it thinks of that
+_interpreted = os.environ.get('TRITON_INTERPRET') == '1' # Triton reads it once, too
+
+def _kernels_for(x, leak, sub, maxv):
+    if not (isinstance(leak, Tensor) and isinstance(sub, Tensor) and isinstance(maxv, Tensor)
+            and x.device == leak.device == sub.device == maxv.device): return None # what is wrong is said elsewhere
     kernels = cpu
-    if x.is_cuda or os.environ.get('TRITON_INTERPRET') == '1':
+    if x.is_cuda or _interpreted:
         try: from learned_relu import cuda as kernels
-        except ImportError: return None, None
-    return kernels, kernels.supported(x, channel_dim, num)
+        except ImportError: return None
+    if kernels.supports(x): return kernels
+
+_layouts = {} # what shapes decide, worked out once for each
+
+def _layout(x, leak, sub, maxv, channel_dim, short):
+    key = x.shape, x.stride(), leak.shape, sub.shape, maxv.shape, channel_dim, short
+    if key not in _layouts:
+        for k,p in dict(leak=leak, sub=sub, maxv=maxv).items(): channel_shape(x, p, channel_dim, k)
+        if len(_layouts) == 4096: _layouts.clear() # inputs of ever new shapes
+        num = max(leak.numel(), sub.numel(), maxv.numel())
+        _layouts[key] = layout_of(x, channel_dim, num, short),num
+    return _layouts[key]
 
 def _by_kernel(x, leak, sub, maxv, channel_dim):
-    params = dict(leak=leak, sub=sub, maxv=maxv)
-    for k,p in params.items(): channel_shape(x, p, channel_dim, k)
-    num = max(leak.numel(), sub.numel(), maxv.numel())
-    kernels,lay = _kernels_for(x, (leak, sub, maxv), channel_dim, num)
+    params = leak,sub,maxv
+    kernels = _kernels_for(x, *params)
+    if kernels is None: return
+    lay,num = _layout(x, *params, channel_dim, kernels.SHORT)
     if lay is None: return
-    needed = torch.is_grad_enabled() and (x.requires_grad or leak.requires_grad or sub.requires_grad or maxv.requires_grad)
-    with torch.no_grad(): values = values_of((leak, sub, maxv), num, x.dtype, lay)
-    if not needed: return kernels.forward(x, values, lay)[0]
+    values = values_of(params, num, x.dtype)
+    if not (torch.is_grad_enabled() and (x.requires_grad or leak.requires_grad or sub.requires_grad or maxv.requires_grad)): return kernels.forward(x, values, lay)[0]
     kept,slot = kernels.kept_input(x, values, channel_dim, lay, leak.requires_grad)
     whole = kept is x
-    return _Kernel.apply(x, leak, sub, maxv, None if whole else kept, slot, whole, values, lay, channel_dim, kernels)
+    return _Kernel.apply(x, leak, sub, maxv, None if whole else kept, _How(kernels, lay, channel_dim, values, values is params, whole, slot))
 
-# %% ../nbs/api/00_functional.ipynb #abc02b7a
+# %% ../nbs/api/00_functional.ipynb #5b5492d5
 def transformed() -> bool: # True under torch.compile, export, tracing, torch.func, forward-mode AD and dispatch modes
     "Whether somebody looks at what is computed who has to see every operation."
     return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0 or _get_current_dispatch_mode() is not None)
+            or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0)
 
 def learned_relu(
     x:Tensor, # activations, any shape with `channel_dim`, floating point; never modified
@@ -236,7 +258,7 @@ def learned_relu(
                          'contiguous or channels last and not empty, on a GPU with Triton, or float32, float64 or bfloat16 on a CPU with a C++ compiler')
     return _Eager.apply(x, leak, sub, maxv, channel_dim)
 
-# %% ../nbs/api/00_functional.ipynb #a024114d
+# %% ../nbs/api/00_functional.ipynb #328598fe
 def learned_relu_gradients(
     g:Tensor, # gradient of the output, like `x`
     x:Tensor, # input of the curve
@@ -251,10 +273,10 @@ def learned_relu_gradients(
     params = leak,sub,maxv
     lines = l,s,m = lined_up(x, channel_dim, leak=leak, sub=sub, maxv=maxv)
     with torch.no_grad():
-        num = max(p.numel() for p in params)
-        kernels,lay = _kernels_for(x, params, channel_dim, num)
+        kernels = _kernels_for(x, *params)
+        lay,num = _layout(x, *params, channel_dim, kernels.SHORT) if kernels else (None, 0)
         if lay is not None:
-            dx,sums = kernels.backward(g, None, None, x, None, values_of(params, num, x.dtype, lay), lay)
-            return dx, *map(_shaped, sums, params)
+            dx,*grads = kernels.backward(g, None, None, x, None, values_of(params, num, x.dtype), lay)
+            return dx, *map(_shaped, grads, params)
         g,floor = g.to(x.dtype),_floor_if(x, l)
         return _eager_gradients(g, x, params, lines, floor, _clips(_shifted(x, l, s, floor), m), [True]*4)

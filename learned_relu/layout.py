@@ -40,19 +40,18 @@ def _channels_last(x, channel_dim):
     fmt = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     return fmt is not None and channel_dim in (1, 1 - x.ndim) and x.is_contiguous(memory_format=fmt)
 
-# %% ../nbs/api/00_layout.ipynb #2febaa11
+# %% ../nbs/api/00_layout.ipynb #5b4eb8ef
 def values_of(
     params, # leak, sub and maxv, each of 1 or `num` values
     num:int, # values per parameter
     dtype:torch.dtype, # of the activations
-    lay:Layout, # of the input
-) -> tuple: # leak, sub and maxv, each `(channels,)` of the layout, in float32, for float64 in float64
-    "Parameters as the kernels read them."
+) -> tuple: # leak, sub and maxv, each `(num,)`, in float32, for float64 in float64; `params` itself where it is that
+    "Parameters as the kernels read them, without a graph."
     wide = torch.promote_types(dtype, torch.float32)
+    if all(p.shape == (num,) and p.dtype == wide and p.is_contiguous() for p in params): return params
     def ready(p):
-        if p.shape != (num,): p = p.reshape(-1).expand(num)
-        if p.dtype != wide or dtype != wide: p = p.to(dtype).to(wide)
-        return p.repeat_interleave(lay.repeat) if lay.repeat > 1 else p.contiguous()
+        p = p.detach().reshape(-1).expand(num)
+        return (p if p.dtype == wide else p.to(dtype).to(wide)).contiguous()
     return tuple(map(ready, params))
 
 # %% ../nbs/api/00_layout.ipynb #70b07284

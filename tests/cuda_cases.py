@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from test_cpu import SHAPES, SLOPES, inputs
+from test_cpu import DTYPES, SHAPES, SLOPES, inputs
+from test_cpu import test_parameters_of_another_dtype_are_rounded_as_the_input_is as rounded
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -30,6 +31,12 @@ def test_values_and_gradients_are_those_of_the_reference(shape, channel_dim, per
         grads = torch.autograd.grad(y, [x, *ps], g)
         for a, b in zip(grads, torch.autograd.grad(want, exact, g.double()), strict=True): assert_close(a, b.to(dtype))
         for a, b in zip(grads, learned_relu_gradients(g, x, *ps, channel_dim), strict=True): assert torch.equal(a, b), 'the same numbers again'
+
+
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('other', DTYPES)
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_parameters_of_another_dtype(dtype, other, last): rounded(dtype, other, (2, 20, 3, 3), last, DEVICE)
 
 
 @pytest.mark.parametrize('shape,last', [((3, 5), False), ((2, 3, 4, 3), False), ((2, 3, 4, 3), True)])

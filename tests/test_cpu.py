@@ -13,14 +13,17 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from learned_relu import cpu
+from learned_relu import cpu, functional
 from learned_relu.bench.speed import saved_bytes
 from learned_relu.functional import learned_relu, learned_relu_gradients, learned_relu_reference
 from learned_relu.layers import GeneralRelu, LearnedRelu
+from learned_relu.layout import layout_of
 
 pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason='needs Linux and a C++ compiler')
 SLOPES = dict(usual=lambda n: torch.linspace(.05, .3, n), zero=torch.zeros, some=lambda n: torch.arange(n) % 3*.1,
               first=lambda n: (torch.arange(n) > 0)*.1, below=lambda n: -torch.ones(n)*.1)
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 def inputs(shape, channel_dim, num, slope='usual', last=False, dtype=torch.float64):
@@ -43,7 +46,7 @@ SHAPES = [((3, 5), 1), ((2, 20, 3, 3), 1), ((2, 3, 70), 1), ((2, 11, 8, 8), 1), 
 @pytest.mark.parametrize('slope', SLOPES)
 @pytest.mark.parametrize('per_channel', [True, False])
 @pytest.mark.parametrize('shape,channel_dim', SHAPES)
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('dtype', DTYPES)
 def test_values_and_gradients_are_those_of_the_reference(shape, channel_dim, per_channel, slope, dtype):
     for last in (False, True) if len(shape) == 4 and channel_dim == 1 else (False,):
         x, *ps = inputs(shape, channel_dim, shape[channel_dim] if per_channel else 1, slope, last, dtype)
@@ -61,6 +64,26 @@ def test_gradients_are_those_of_finite_differences_whatever_is_kept(shape, last,
     args = inputs(shape, 1, shape[1], slope, last)
     def curve(*args): return learned_relu(*args, impl='kernel')
     assert gradcheck(curve, args) and gradgradcheck(curve, args)
+
+
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('shape', [(2, 20, 8, 9), (2, 20, 3, 3)])
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('other', DTYPES)
+def test_parameters_of_another_dtype_are_rounded_as_the_input_is(dtype, other, shape, last, device='cpu'):
+    x, leak, sub, maxv = [o.detach().to(device) for o in inputs(shape, 1, 20, last=last, dtype=dtype)]
+    leak, sub, maxv = ((p.double()*1.001).to(other) for p in (leak, sub, maxv))  # half precision does not hold these
+    ps = [leak, sub[:1].expand(20), torch.stack([maxv, maxv], 1)[:, 0]]
+    g = torch.randn_like(x)
+    def results(*args):
+        args = [o.requires_grad_() for o in args]
+        y = learned_relu(*args, impl='kernel')
+        return y, *torch.autograd.grad(y, args, g)
+    got, want = results(x, *ps), results(x, *(p.to(dtype) for p in ps))
+    for a, b in zip(got[:2], want[:2], strict=True): assert torch.equal(a, b)
+    for p, a, b in zip(ps, got[2:], want[2:], strict=True):
+        assert a.dtype == other and a.shape == p.shape
+        assert torch.equal(a.to(dtype), b) or torch.equal(a, b.to(other)), 'summed once, rounded as the parameter'
 
 
 @settings(max_examples=100, deadline=None)
@@ -125,7 +148,7 @@ def test_nothing_is_kept_without_gradients():
 @pytest.mark.parametrize('x', [torch.zeros(2, 3, 4, 8)[..., ::2], torch.zeros(2, 3).half(), torch.zeros(0, 3),
                                torch.zeros(1, 3).expand(4, 3), torch.zeros(3, 2).T])
 def test_what_no_kernel_takes_goes_another_way(x):
-    assert not cpu.supported(x, 1, 3)
+    assert not (cpu.supports(x) and layout_of(x, 1, 3, cpu.SHORT))
     y = learned_relu(x, *(torch.full((3,), o) for o in (.1, .2, 1.)))
     assert y.shape == x.shape and y.dtype == x.dtype
 
@@ -163,6 +186,22 @@ def test_saved_tensors_that_come_back_in_another_layout(dtype):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t):
         got = torch.autograd.grad(learned_relu(x, *ps, impl='kernel'), [x, *ps], g)
     for a, b in zip(got, want, strict=True): assert torch.equal(a, b)
+
+
+def test_a_shape_seen_before_is_checked_and_told_apart_all_the_same():
+    x, ps = torch.randn(4, 4, 4), torch.linspace(.1, .4, 4)
+    args = ps, ps, torch.full((4,), 1.)
+    for _ in range(2):
+        for dim in range(3): assert torch.equal(learned_relu(x, *args, dim, impl='kernel'), learned_relu_reference(x, *args, dim))
+        with pytest.raises(ValueError, match='sub has 3 values'): learned_relu(x, ps, ps[:3], ps)
+        with pytest.raises(ValueError, match='channel_dim is 3'): learned_relu(x, *args, 3)
+        with pytest.raises(ValueError, match='no kernel'): learned_relu(x.mT, *args, impl='kernel')
+
+
+def test_ever_new_shapes_are_not_all_remembered():
+    ps = torch.tensor([.1]), torch.tensor([.2]), torch.tensor([1.])
+    for n in range(1, 5000): learned_relu(torch.zeros(n), *ps)
+    assert 0 < len(functional._layouts) <= 4096
 
 
 @pytest.mark.parametrize('impl', ['kernel', 'eager'])
