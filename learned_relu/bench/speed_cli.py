@@ -7,8 +7,9 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.speed_cli.html.md"""
 # %% auto #0
 __all__ = ['measured', 'plot_speed', 'learned_relu_speed']
 
-# %% ../../nbs/api/37_bench.speed_cli.ipynb #b7abd55d
+# %% ../../nbs/api/37_bench.speed_cli.ipynb #752e594c
 import json
+import os
 import platform
 import tempfile
 import time
@@ -63,10 +64,12 @@ def plot_speed(
         ax.set(title=f'{w} ({d.rounds.iloc[0]} rounds)', xlabel=f'time, ratio to {d.name.iloc[-1]}')
     return fig
 
-# %% ../../nbs/api/37_bench.speed_cli.ipynb #868b50a7
+# %% ../../nbs/api/37_bench.speed_cli.ipynb #d206dadf
 def _hardware(device):
     name = torch.cuda.get_device_name() if torch.device(device).type == 'cuda' else platform.machine()
     return dict(device=device, machine=name, threads=torch.get_num_threads(), capability=torch.backends.cpu.get_cpu_capability())
+
+def _environment(): return {k: v for k,v in sorted(os.environ.items()) if k.startswith(('MALLOC_', 'OMP_', 'MKL_'))}
 
 @call_parse
 def learned_relu_speed(
@@ -93,7 +96,7 @@ def learned_relu_speed(
         df,first = measured(rounds, steps, names, size, bs, compiled, device),first_call()
         made = Path(d)/'record'
         made.mkdir()
-        record = dict(format=FORMAT, began=began, commit=commit(), shape=(32, 64, 32, 32), hardware=_hardware(device),
+        record = dict(format=FORMAT, began=began, commit=commit(), shape=(32, 64, 32, 32), hardware=_hardware(device), environment=_environment(),
                       versions={o: version(o) for o in ('torch', 'learned_relu')}, rows=json.loads(df.to_json(orient='records')),
                       first_call=first.to_dict('list'))
         (made/'speed.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
