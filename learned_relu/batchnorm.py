@@ -8,40 +8,54 @@ Docs: https://learned-relu.github.io/learned_relu/api/batchnorm.html.md"""
 __all__ = ['bn_learned_relu', 'DeferredBatchNorm1d', 'DeferredBatchNorm2d', 'DeferredBatchNorm3d', 'can_defer', 'BnLearnedRelu',
            'fuse_bn', 'norms_before', 'fuse_batchnorms', 'unfuse_batchnorms']
 
-# %% ../nbs/api/03_batchnorm.ipynb #de528b5e
+# %% ../nbs/api/03_batchnorm.ipynb #02b397e3
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import learned_relu, learned_relu_gradients, transformed
+from .cpu_batchnorm import normed_backward, normed_forward, normed_layout
+from .functional import channel_shape, learned_relu, learned_relu_gradients, transformed
 from .layers import LearnedRelu
+from .layout import fitted, values_of, with_strides
 from .trace import dummy_input, fed_by, places_of
 
-# %% ../nbs/api/03_batchnorm.ipynb #45a35c50
+# %% ../nbs/api/03_batchnorm.ipynb #66be1733
+def _kernel_forward(x, weight, bias, params, running_mean, running_var, training, momentum, eps, lay):
+    mean,var = torch.batch_norm_update_stats(x, running_mean, running_var, momentum) if training else (running_mean, running_var)
+    return normed_forward(x, weight, bias, mean, var, eps, values_of(params, len(mean), x.dtype), lay), mean, var
+
 class _BnLearnedRelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, leak, sub, maxv, running_mean, running_var, training, momentum, eps):
-        h,mean,invstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    def forward(ctx, x, weight, bias, leak, sub, maxv, running_mean, running_var, training, momentum, eps, lay):
+        params = leak,sub,maxv
+        if lay: y,mean,spread = _kernel_forward(x, weight, bias, params, running_mean, running_var, training, momentum, eps, lay)
+        else:
+            h,mean,spread = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+            y = learned_relu(h, *params)
         running = (None, None) if training else (running_mean, running_var)
-        ctx.save_for_backward(x, weight, bias, leak, sub, maxv, *running, mean, invstd)
-        ctx.training,ctx.eps,ctx.tracked = training,eps,running_mean is not None
-        return learned_relu(h, leak, sub, maxv)
+        ctx.save_for_backward(x, weight, bias, *params, *running, mean, spread) # variance for the kernels, its inverse root for PyTorch
+        ctx.training,ctx.eps,ctx.tracked,ctx.lay,ctx.strides = training,eps,running_mean is not None,lay,x.stride()
+        return y
 
     @staticmethod
     def backward(ctx, g):
-        x,weight,bias,*params,running_mean,running_var,mean,invstd = ctx.saved_tensors
+        x,weight,bias,*params,running_mean,running_var,mean,spread = ctx.saved_tensors
         if torch.is_grad_enabled():
             own = [o if o is None else o.view_as(o) for o in (x, weight, bias, *params)] # so that no path beyond them is counted here
             y = learned_relu(F.batch_norm(own[0], running_mean, running_var, *own[1:3], ctx.training, 0., ctx.eps), *own[3:])
             grads = iter(torch.autograd.grad(y, [o for o,n in zip(own, ctx.needs_input_grad) if n], g, create_graph=True))
-            return *(next(grads) if n else None for n in ctx.needs_input_grad[:6]), *[None]*5
+            return *(next(grads) if n else None for n in ctx.needs_input_grad[:6]), *[None]*6
+        if ctx.lay:
+            x,values = with_strides(x, ctx.strides),values_of(params, len(mean), x.dtype)
+            dx,dweight,dbias,*grads = normed_backward(g, x, weight, bias, mean, spread, ctx.eps, values, ctx.lay, ctx.training)
+            return dx, dweight if weight is not None else None, dbias if bias is not None else None, *map(fitted, grads, params), *[None]*6
         running = (torch.zeros_like(mean), torch.ones_like(mean)) if ctx.training and ctx.tracked else (running_mean, running_var) # their dtype decides the rounding
         h = torch.native_batch_norm(x, weight, bias, *running, ctx.training, 0., ctx.eps)[0]
         dh,*dparams = learned_relu_gradients(g, h, *params)
         del h
         wanted = [n and o is not None for n,o in zip(ctx.needs_input_grad, (x, weight, bias))]
-        grads = torch.ops.aten.native_batch_norm_backward(dh, x, weight, running_mean, running_var, mean, invstd, ctx.training, ctx.eps, wanted)
-        return *(o if n else None for o,n in zip((*grads, *dparams), ctx.needs_input_grad)), *[None]*5
+        grads = torch.ops.aten.native_batch_norm_backward(dh, x, weight, running_mean, running_var, mean, spread, ctx.training, ctx.eps, wanted)
+        return *(o if n else None for o,n in zip((*grads, *dparams), ctx.needs_input_grad)), *[None]*6
 
 def bn_learned_relu(
     x:Tensor, # activations, `(batch, channels, *)`, floating point; never modified
@@ -61,10 +75,14 @@ def bn_learned_relu(
         if v is not None and v.shape != x.shape[1:2]: raise ValueError(f'{k} has shape {tuple(v.shape)}, but x has {x.shape[1]} channels (shape {tuple(x.shape)})')
     if training and x.numel() == x.shape[1]: raise ValueError(f'x has shape {tuple(x.shape)}, one value per channel: training needs more to normalise by')
     if not training and running_mean is None: raise ValueError('running_mean is None: pass running statistics, or training=True')
-    needed = torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, weight, bias, leak, sub, maxv))
-    if transformed() or not needed or x.numel() == 0:
-        return learned_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), leak, sub, maxv)
-    return _BnLearnedRelu.apply(x, weight, bias, leak, sub, maxv, running_mean, running_var, training, momentum, eps)
+    params = leak,sub,maxv
+    if transformed() or x.numel() == 0: return learned_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), *params)
+    for k,p in dict(leak=leak, sub=sub, maxv=maxv).items(): channel_shape(x, p, 1, k)
+    lay = normed_layout(x, running_mean, running_var, weight, bias) if all(p.device == x.device for p in params) else None
+    if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, weight, bias, *params)):
+        return _BnLearnedRelu.apply(x, weight, bias, *params, running_mean, running_var, training, momentum, eps, lay)
+    if lay: return _kernel_forward(x, weight, bias, params, running_mean, running_var, training, momentum, eps, lay)[0]
+    return learned_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), *params)
 
 # %% ../nbs/api/03_batchnorm.ipynb #812f34d9
 class _Deferred:

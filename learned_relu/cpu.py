@@ -28,7 +28,7 @@ from torch import Tensor
 from .cpp import source
 from .layout import Layout, in_memory_order, layout_of
 
-# %% ../nbs/api/00_cpu.ipynb #c7b260c3
+# %% ../nbs/api/00_cpu.ipynb #977db5f5
 _names = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bfloat16'}
 
 def _flags():
@@ -72,9 +72,10 @@ def kernels() -> ctypes.CDLL|None: # None where nothing could be compiled, which
                   'XDG_CACHE_HOME another directory to keep the library in', stacklevel=2)
 
 def _typed(lib):
-    P,I = ctypes.c_void_p,ctypes.c_int64
-    takes = dict(forward=([P]*6 + [I]*4, None), backward=([P]*5 + [I] + [P]*7 + [I]*4, None), lost=([P, P, I, P], I))
-    lib.of = {dtype: {k: getattr(lib, f'{k}_{name}') for k in takes} for dtype,name in _names.items()} # getattr, since an item would be a new object each time
+    P,I,D = ctypes.c_void_p,ctypes.c_int64,ctypes.c_double
+    takes = dict(forward=([P]*6 + [I]*4, None), backward=([P]*5 + [I] + [P]*7 + [I]*4, None), lost=([P, P, I, P], I),
+                 norm_forward=([P]*6 + [D] + [P]*3 + [I]*4, None), norm_backward=([P]*12 + [D, ctypes.c_bool] + [P]*3 + [I]*4, None))
+    lib.of = {dtype: {k: getattr(lib, f'{k}_{name}') for k in takes if hasattr(lib, f'{k}_{name}')} for dtype,name in _names.items()}
     for functions in lib.of.values():
         for k,f in functions.items(): f.argtypes,f.restype = takes[k]
     return lib

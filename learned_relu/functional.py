@@ -8,7 +8,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/functional.html.md"""
 __all__ = ['channel_shape', 'check_input', 'lined_up', 'param_grad', 'negative_part', 'learned_relu_reference', 'transformed',
            'learned_relu', 'learned_relu_gradients']
 
-# %% ../nbs/api/00_functional.ipynb #995dd536
+# %% ../nbs/api/00_functional.ipynb #0d8129d6
 import os
 from types import ModuleType
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from . import cpu
-from .layout import Layout, layout_of, values_of
+from .layout import Layout, fitted, layout_of, values_of, with_strides
 
 # %% ../nbs/api/00_functional.ipynb #b80cb3e5
 def channel_shape(
@@ -154,7 +154,7 @@ class _Eager(torch.autograd.Function):
 
 def _needed(grads, need): return (o if n else None for o,n in zip(grads, need))
 
-# %% ../nbs/api/00_functional.ipynb #51a96a4c
+# %% ../nbs/api/00_functional.ipynb #24f13f88
 class _How(NamedTuple):
     kernels:ModuleType # of the device
     lay:Layout # of the input
@@ -176,18 +176,13 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx, g):
         leak,sub,maxv,y,bits,kept = ctx.saved_tensors
         how = ctx.how
-        if how.whole: kept = _lies(kept, ctx.strides)
-        else: y = _lies(y, ctx.strides)
+        if how.whole: kept = with_strides(kept, ctx.strides)
+        else: y = with_strides(y, ctx.strides)
         if torch.is_grad_enabled() or _batched(g): return *_needed(_differentiable(how, g, (leak, sub, maxv), y, bits, kept), ctx.needs_input_grad), None, None
         dx,*grads = how.kernels.backward(g, y, bits, kept, how.slot, how.values, how.lay)
-        return dx, *(grads if how.fit else map(_shaped, grads, (leak, sub, maxv))), None, None
+        return dx, *(grads if how.fit else map(fitted, grads, (leak, sub, maxv))), None, None
 
 def _batched(g): return is_legacy_batchedtensor(g) or is_batchedtensor(g)
-
-def _lies(t, strides): # hooks on saved tensors, as `save_on_cpu`, may lay them out anew
-    return t if t.stride() == strides else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
-
-def _shaped(s, p): return s if s.shape == p.shape and s.dtype == p.dtype else (s if p.numel() > 1 else s.sum()).reshape(p.shape).to(p.dtype)
 
 def _differentiable(how, g, params, y, bits, kept):
     like = kept if how.whole else y
@@ -258,7 +253,7 @@ def learned_relu(
                          'contiguous or channels last and not empty, on a GPU with Triton, or float32, float64 or bfloat16 on a CPU with a C++ compiler')
     return _Eager.apply(x, leak, sub, maxv, channel_dim)
 
-# %% ../nbs/api/00_functional.ipynb #328598fe
+# %% ../nbs/api/00_functional.ipynb #d333de53
 def learned_relu_gradients(
     g:Tensor, # gradient of the output, like `x`
     x:Tensor, # input of the curve
@@ -277,6 +272,6 @@ def learned_relu_gradients(
         lay,num = _layout(x, *params, channel_dim, kernels.SHORT) if kernels else (None, 0)
         if lay is not None:
             dx,*grads = kernels.backward(g, None, None, x, None, values_of(params, num, x.dtype), lay)
-            return dx, *map(_shaped, grads, params)
+            return dx, *map(fitted, grads, params)
         g,floor = g.to(x.dtype),_floor_if(x, l)
         return _eager_gradients(g, x, params, lines, floor, _clips(_shifted(x, l, s, floor), m), [True]*4)

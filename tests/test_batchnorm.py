@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
+from learned_relu import batchnorm, cpu
 from learned_relu.all import (
     BnLearnedRelu,
     ClampActParams,
@@ -22,11 +23,19 @@ from learned_relu.all import (
     fuse_batchnorms,
     fuse_bn,
     learned_relu,
+    learned_relu_reference,
     patch_relus,
     saved_bytes,
     unfuse_batchnorms,
     unpatch_relus,
 )
+
+
+@pytest.fixture(params=['kernel', 'operations'])
+def form(request, monkeypatch):
+    "Where there is a kernel, by it and without"
+    if request.param == 'operations': monkeypatch.setattr(batchnorm, 'normed_layout', lambda *args: None)
+    elif cpu.kernels() is None: pytest.skip('needs Linux and a C++ compiler')
 
 
 def arguments(n=3, dtype=torch.float64, last=False):
@@ -40,7 +49,7 @@ def arguments(n=3, dtype=torch.float64, last=False):
 
 @pytest.mark.parametrize('last', [False, True])
 @pytest.mark.parametrize('training', [True, False])
-def test_gradients_are_those_of_finite_differences(training, last):
+def test_gradients_are_those_of_finite_differences(training, last, form):
     x, w, b, *ps = arguments(last=last)
     rm, rv = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     def f(x, w, b, *ps): return bn_learned_relu(x, rm.clone(), rv.clone(), w, b, *ps, training=training)
@@ -52,7 +61,7 @@ def test_gradients_are_those_of_finite_differences(training, last):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('shape', [(16, 6), (8, 6, 7), (4, 6, 5, 9), (2, 6, 3, 4, 5)])
-def test_as_the_two_apart(shape, training, dtype):
+def test_as_the_two_apart(shape, training, dtype, form):
     torch.manual_seed(0)
     cls = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
     one = nn.Sequential(cls(6), LearnedRelu(6, leak=torch.tensor([0., .1, .2, .3, .4, 0.]), maxv=1.)).train(training)
@@ -71,7 +80,7 @@ def test_as_the_two_apart(shape, training, dtype):
 
 
 @pytest.mark.parametrize('kwargs', [dict(momentum=None), dict(affine=False), dict(track_running_stats=False), dict(eps=.1, momentum=.5)], ids=str)
-def test_every_kind_of_batchnorm(kwargs):
+def test_every_kind_of_batchnorm(kwargs, form):
     one = nn.Sequential(nn.BatchNorm2d(4, **kwargs), LearnedRelu(4))
     two = copy.deepcopy(one)
     fuse_batchnorms(two, torch.zeros(1, 4, 2, 2))
@@ -86,9 +95,9 @@ def test_every_kind_of_batchnorm(kwargs):
 @pytest.mark.parametrize('affine', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_value_is_computed_again(monkeypatch, dtype, affine, track):
-    import learned_relu.batchnorm as module
+    monkeypatch.setattr(batchnorm, 'normed_layout', lambda *args: None)
     seen, real = [], torch.native_batch_norm
-    monkeypatch.setattr(module.torch, 'native_batch_norm', lambda *args: seen.append(real(*args)) or seen[-1])
+    monkeypatch.setattr(batchnorm.torch, 'native_batch_norm', lambda *args: seen.append(real(*args)) or seen[-1])
     m = nn.Sequential(nn.BatchNorm2d(4, affine=affine, track_running_stats=track), LearnedRelu(4))
     fuse_bn(*m)
     torch.manual_seed(0)
@@ -96,7 +105,93 @@ def test_the_same_value_is_computed_again(monkeypatch, dtype, affine, track):
     assert len(seen) == 2 and torch.equal(seen[0][0], seen[1][0])
 
 
-def test_a_frozen_batchnorm_in_a_training_model():
+SHAPES = [(300, 5), (7, 20), (5, 3, 70), (4, 9, 8, 9), (3, 20, 3, 3), (2, 3, 40, 30), (6, 1, 9, 9), (2, 3, 4, 5, 6), (40, 3000)]
+
+
+@pytest.mark.skipif(cpu.kernels() is None, reason='needs Linux and a C++ compiler')
+@pytest.mark.parametrize('scalar', [False, True])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_the_kernels_against_the_form_to_read(dtype, shape, affine, training, scalar):
+    torch.manual_seed(0)
+    n = shape[1]
+    x = (torch.randn(shape, dtype=torch.float64)*2 + 1).to(dtype)
+    w, b = (torch.linspace(.5, 1.5, n).to(dtype), torch.linspace(-.3, .3, n).to(dtype)) if affine else (None, None)
+    maxv = torch.tensor(.7) if scalar else torch.linspace(.4, 1.2, n)
+    ps = [o.to(dtype) for o in (torch.tensor([0. if scalar else .1]), torch.linspace(-.2, .4, n), maxv)]
+    stats = [torch.linspace(.5, 1.5, n).to(dtype), torch.linspace(2, 5, n).to(dtype)]
+    g = torch.randn(shape, dtype=torch.float64).to(dtype)
+    exact = [None if o is None else o.double().requires_grad_() for o in (x, w, b, *ps)]
+    h = F.batch_norm(exact[0], *(o.double() for o in stats), *exact[1:3], training)
+    want = learned_relu_reference(h, *exact[3:])
+    z = learned_relu_reference(h, *exact[3:5], torch.tensor(torch.inf, dtype=torch.float64)) - exact[5].reshape(-1, *[1]*(len(shape) - 2))
+    g = g.masked_fill((h.abs() < 1e-4) | (z.abs() < 1e-4), 0)  # at the kinks rounding decides
+    theirs = torch.autograd.grad(want, [o for o in exact if o is not None], g.double())
+    for fmt in [torch.contiguous_format] + [torch.channels_last]*(len(shape) == 4) + [torch.channels_last_3d]*(len(shape) == 5):
+        args = [None if o is None else o.clone().requires_grad_() for o in (x.contiguous(memory_format=fmt), w, b, *ps)]
+        running = [o.clone() for o in stats]
+        assert batchnorm.normed_layout(args[0], *running, *args[1:3])
+        y = bn_learned_relu(args[0], *running, *args[1:], training=training)
+        assert y.stride() == args[0].stride()
+        loose = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else {}
+        assert_close(y, want.to(dtype), **loose)
+        for a, c in zip(torch.autograd.grad(y, [o for o in args if o is not None], g), theirs, strict=True):
+            scale = c.abs().max().clamp_min(1e-3)
+            assert a.shape == c.shape and a.dtype == dtype
+            assert_close(a.double()/scale, c/scale, **loose or dict(rtol=1e-9, atol=1e-12))
+        with torch.no_grad(): assert torch.equal(bn_learned_relu(args[0], *(o.clone() for o in stats), *args[1:], training=training), y)
+
+
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('shape', [(8, 64, 30, 30), (8, 300, 4, 4)])
+def test_kernels_give_the_same_numbers_on_any_number_of_threads(shape, last):
+    x, *ps = arguments(shape[1], torch.float32)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    n, res = torch.get_num_threads(), []
+    try:
+        mean, var = torch.batch_norm_update_stats(x.detach(), None, None, 0.)  # PyTorch's own sums depend on the threads
+        for t in (1, 2, 3):
+            torch.set_num_threads(t)
+            y = bn_learned_relu(x, mean, var, *ps)
+            res.append([y, *torch.autograd.grad(y, [x, *ps], torch.ones(shape))])
+    finally: torch.set_num_threads(n)
+    for other in res[1:]:
+        for a, b in zip(res[0], other, strict=True): assert torch.equal(a, b)
+
+
+def test_the_cap_is_where_it_was_going_forward():
+    torch.manual_seed(0)
+    x, (w, b) = torch.randn(64, 8, 8, 8, requires_grad=True), torch.rand(2, 8)
+    for sub in torch.linspace(-.5, .5, 20):
+        free = bn_learned_relu(x, None, None, w, b, torch.tensor(.1), sub, torch.tensor(torch.inf), training=True).detach()
+        maxv = free.flatten()[torch.randint(free.numel(), ())].clone()  # some element lies on it exactly
+        rm, rv = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), correction=0)
+        y = bn_learned_relu(x, rm, rv, w, b, torch.tensor(.1), sub, maxv)
+        dx, = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(dx == 0, y == maxv)
+
+
+def test_saved_tensors_that_come_back_in_another_layout():
+    x, *ps = arguments(20, torch.float32, last=True)
+    g = torch.randn_like(x)
+    want = torch.autograd.grad(bn_learned_relu(x, None, None, *ps, training=True), [x, *ps], g)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t):
+        got = torch.autograd.grad(bn_learned_relu(x, None, None, *ps, training=True), [x, *ps], g.contiguous())
+    for a, b in zip(got, want, strict=True): assert torch.equal(a, b)
+
+
+def test_what_the_kernels_do_not_take_goes_another_way():
+    x, *ps = arguments(3, torch.float32)
+    ones = torch.ones(3)
+    for other in (x[..., ::2], x.bfloat16()): assert batchnorm.normed_layout(other, ones) is None
+    assert batchnorm.normed_layout(x, ones.double()) is None and batchnorm.normed_layout(x, torch.ones(6)[::2]) is None
+    parts = x[..., ::2], x[..., ::2].contiguous()
+    assert_close(*(bn_learned_relu(o, None, None, *ps, training=True) for o in parts))
+
+
+def test_a_frozen_batchnorm_in_a_training_model(form):
     one = nn.Sequential(nn.BatchNorm2d(4), LearnedRelu(4))
     one[0].running_mean += 1
     two = copy.deepcopy(one)
@@ -110,7 +205,7 @@ def test_a_frozen_batchnorm_in_a_training_model():
 
 
 @pytest.mark.parametrize('dtype,slope', [(torch.float32, .05), (torch.float32, 0.), (torch.bfloat16, .05)])
-def test_only_the_input_is_kept(dtype, slope):
+def test_only_the_input_is_kept(dtype, slope, form):
     m = nn.Sequential(nn.BatchNorm2d(8), LearnedRelu(8, leak=slope)).to(dtype)
     fuse_batchnorms(m, torch.zeros(1, 8, 2, 2, dtype=dtype))
     x = torch.randn(4, 8, 32, 32, dtype=dtype, requires_grad=True)
@@ -250,7 +345,7 @@ def test_drawing_a_fused_model_does_not_touch_its_statistics():
     for k, v in m.state_dict().items(): assert torch.equal(v, before[k])
 
 
-def test_second_derivatives_count_each_path_once():
+def test_second_derivatives_count_each_path_once(form):
     torch.manual_seed(0)
     x0, w = torch.randn(6, 3, 2, 2, dtype=torch.float64), torch.linspace(.5, 1.5, 3, dtype=torch.float64)
     ps = [o.double() for o in (torch.zeros(3), torch.full((3,), .2), torch.full((3,), 5.))]

@@ -9,7 +9,7 @@ import pytest
 import learned_relu
 
 ROOT = Path(learned_relu.__file__).parent
-TORCH = 'layout cpp cpu cuda functional surrogate act_layer layers batchnorm params trace patch plot init'.split()
+TORCH = 'layout cpp cpu cpu_batchnorm cuda functional surrogate act_layer layers batchnorm params trace patch plot init'.split()
 modules = sorted(o.relative_to(ROOT) for o in ROOT.rglob('*.py') if o.name not in ('__init__.py', '_modidx.py', 'all.py'))
 
 
