@@ -8,20 +8,24 @@ Docs: https://learned-relu.github.io/learned_relu/api/batchnorm.html.md"""
 __all__ = ['bn_learned_relu', 'DeferredBatchNorm1d', 'DeferredBatchNorm2d', 'DeferredBatchNorm3d', 'can_defer', 'BnLearnedRelu',
            'fuse_bn', 'norms_before', 'fuse_batchnorms', 'unfuse_batchnorms']
 
-# %% ../nbs/api/03_batchnorm.ipynb #02b397e3
+# %% ../nbs/api/03_batchnorm.ipynb #b80e7192
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cpu_batchnorm import normed_backward, normed_forward, normed_layout
+from .cpu_batchnorm import normed_backward, normed_forward, normed_layout, normed_stats
 from .functional import channel_shape, learned_relu, learned_relu_gradients, transformed
 from .layers import LearnedRelu
 from .layout import fitted, values_of, with_strides
 from .trace import dummy_input, fed_by, places_of
 
-# %% ../nbs/api/03_batchnorm.ipynb #66be1733
+# %% ../nbs/api/03_batchnorm.ipynb #5f2cd422
 def _kernel_forward(x, weight, bias, params, running_mean, running_var, training, momentum, eps, lay):
-    mean,var = torch.batch_norm_update_stats(x, running_mean, running_var, momentum) if training else (running_mean, running_var)
+    mean,var = normed_stats(x, lay) if training else (running_mean, running_var)
+    if training and running_mean is not None:
+        n = x.numel()/len(mean)
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        running_var.mul_(1 - momentum).add_(var, alpha=momentum*n/(n - 1))
     return normed_forward(x, weight, bias, mean, var, eps, values_of(params, len(mean), x.dtype), lay), mean, var
 
 class _BnLearnedRelu(torch.autograd.Function):

@@ -306,7 +306,7 @@ EXPORT(double)
 EXPORT(bfloat16)
 '''
 
-# %% ../nbs/api/00_cpp.ipynb #221ac287
+# %% ../nbs/api/00_cpp.ipynb #87ae3040
 normed = r'''
 template<class T> struct Norm { // one value of each per channel of the layout
   enum { LEAK, SUB, MAXV, MEAN, SCALE, SHIFT, OF_H, OF_X, REST, COUNT };
@@ -326,6 +326,10 @@ template<class T> struct Norm { // one value of each per channel of the layout
   void set(I kind, I i, T v) { for (I r = 0; r < repeat; r++) values[kind*channels + i*repeat + r] = v; }
   INLINE V<T> at(I kind, I ch, I k) const { const T* p = values + kind*channels + ch; return rows ? all(*p) : load(p, k); }
   INLINE Curve<T> curve(I ch, I k) const { return Curve<T>(at(LEAK, ch, k), at(SUB, ch, k), at(MAXV, ch, k)); }
+};
+template<class T> struct Moments {
+  V<T> first{}, second{};
+  INLINE void add(const Moments& o) { first += o.first; second += o.second; }
 };
 template<class T> struct NormSums : Sums<T> { // and of the gradient of h: alone, and times x - mean
   V<T> h{}, hx{};
@@ -351,22 +355,22 @@ template<class F> INLINE void strips(I numel, I channels, I inner, F f) {
     }
   }
 }
-// the same with sums, of which each block has its own
-template<class T, class F> INLINE void summed_strips(T* parts, I numel, I channels, I inner, I outer, I block, F f) {
-  constexpr I SUMS = sizeof(NormSums<T>)/sizeof(V<T>);
-  I blocks = (outer + block - 1)/block;
+// the same with sums A, lanes of which each block has its own, in `sums` for each value of the parameters
+template<class T, class A, class F> INLINE void summed_strips(T* const sums[], I numel, I channels, I inner, I repeat, F f) {
+  constexpr I SUMS = sizeof(A)/sizeof(V<T>);
+  I outer = outer_of(numel, channels, inner), block = block_of(outer, inner), blocks = (outer + block - 1)/block;
+  T* parts = (T*)malloc(blocks*SUMS*channels*sizeof(T));
   if (inner > 1) {
     #pragma omp parallel for if (numel > GRAIN)
     for (I t = 0; t < blocks*channels; t++) {
       I ch = t%channels, begin = t/channels*block;
-      NormSums<T> s;
+      A s;
       for (I o = begin; o < least(outer, begin + block); o++) {
         I at = (o*channels + ch)*inner, n = least(inner, numel - at), full = n/W;
         f(ch, at, full, W, W, s);
         if (I k = n%W) f(ch, at + full*W, 1, W, k, s);
       }
-      T* q = parts + t/channels*SUMS*channels + ch;
-      q[0] = total<T>(s.leak); q[channels] = total<T>(s.sub); q[2*channels] = total<T>(s.maxv); q[3*channels] = total<T>(s.h); q[4*channels] = total<T>(s.hx);
+      for (I j = 0; j < SUMS; j++) parts[(t/channels*SUMS + j)*channels + ch] = total<T>(((V<T>*)&s)[j]);
     }
   } else {
     #pragma omp parallel for if (numel > GRAIN)
@@ -374,19 +378,46 @@ template<class T, class F> INLINE void summed_strips(T* parts, I numel, I channe
       I end = least(outer, (b + 1)*block);
       T* q = parts + b*SUMS*channels;
       memset(q, 0, SUMS*channels*sizeof(T));
-      for (I o = b*block; o < end; o += TILE) for (I ch = 0; ch < channels; ch += W) {
-        I k = least(W, channels - ch);
-        NormSums<T> s;
-        s.leak = load(q + ch, k); s.sub = load(q + channels + ch, k); s.maxv = load(q + 2*channels + ch, k);
-        s.h = load(q + 3*channels + ch, k); s.hx = load(q + 4*channels + ch, k);
-        if (k == W) f(ch, o*channels + ch, least(TILE, end - o), channels, W, s); else f(ch, o*channels + ch, least(TILE, end - o), channels, k, s);
-        store(q + ch, s.leak, k); store(q + channels + ch, s.sub, k); store(q + 2*channels + ch, s.maxv, k);
-        store(q + 3*channels + ch, s.h, k); store(q + 4*channels + ch, s.hx, k);
+      for (I o = b*block; o < end; o += TILE) {
+        I rows = least(TILE, end - o), ch = 0;
+        auto across = [=](I ch, I k) __attribute__((always_inline)) {
+          A s;
+          for (I j = 0; j < SUMS; j++) ((V<T>*)&s)[j] = load(q + j*channels + ch, k);
+          f(ch, o*channels + ch, rows, channels, k, s);
+          for (I j = 0; j < SUMS; j++) store(q + j*channels + ch, ((V<T>*)&s)[j], k);
+        };
+        for (; ch + W <= channels; ch += W) across(ch, W);
+        if (ch < channels) across(ch, channels - ch);
       }
     }
   }
+  add_blocks(parts, blocks, SUMS*channels);
+  for (I j = 0; j < SUMS; j++) for (I i = 0; i < channels/repeat; i++) sums[j][i] = add_repeats(parts + j*channels + i*repeat, repeat);
+  free(parts);
 }
 
+// the mean first, since squares of x would lose what a large mean leaves of them; what rounding did to it shows in the second pass
+template<class T> void norm_stats(const T* x, T* mean, T* var, I numel, I channels, I inner, I repeat) {
+  I num = channels/repeat;
+  double count = numel/num;
+  T* const sums[] = {mean, var};
+  summed_strips<T, Moments<T>>(sums, numel, channels, inner, repeat, [=](I, I at, I count, I step, I k, Moments<T>& sums) __attribute__((always_inline)) {
+    summed(count, sums, [=](I i, Moments<T>& s) __attribute__((always_inline)) { s.first += load(x + at + i*step, k); });
+  });
+  for (I i = 0; i < num; i++) mean[i] /= count;
+  T* repeated = (T*)malloc(channels*sizeof(T));
+  for (I i = 0; i < channels; i++) repeated[i] = mean[i/repeat];
+  summed_strips<T, Moments<T>>(sums, numel, channels, inner, repeat, [=](I ch, I at, I count, I step, I k, Moments<T>& sums) __attribute__((always_inline)) {
+    V<T> m = inner > 1 ? all(repeated[ch]) : load(repeated + ch, k);
+    for (I i = k; i < W; i++) m[i] = 0; // nothing is there
+    summed(count, sums, [=](I i, Moments<T>& s) __attribute__((always_inline)) { V<T> d = load(x + at + i*step, k) - m; s.first += d; s.second += d*d; });
+  });
+  for (I i = 0; i < num; i++) {
+    double off = mean[i]/count;
+    mean[i] = repeated[i*repeat] + off; var[i] = var[i]/count - off*off;
+  }
+  free(repeated);
+}
 template<class T> void norm_forward(const T* x, T* y, const Norm<T>& n, I numel, I inner) {
   strips(numel, n.channels, inner, [=, &n](I ch, I at, I count, I step, I k) __attribute__((always_inline)) {
     Curve<T> c = n.curve(ch, k);
@@ -398,9 +429,8 @@ template<class T> void norm_forward(const T* x, T* y, const Norm<T>& n, I numel,
   });
 }
 template<class T> void norm_backward(const T* g, const T* x, T* dx, T* const sums[5], Norm<T>& n, const T* var, double eps, bool training, I numel, I inner) {
-  I channels = n.channels, num = channels/n.repeat, outer = outer_of(numel, channels, inner), block = block_of(outer, inner), blocks = (outer + block - 1)/block;
-  T* parts = (T*)malloc(blocks*5*channels*sizeof(T));
-  summed_strips(parts, numel, channels, inner, outer, block, [=, &n](I ch, I at, I count, I step, I k, NormSums<T>& sums) __attribute__((always_inline)) {
+  I channels = n.channels, num = channels/n.repeat;
+  summed_strips<T, NormSums<T>>(sums, numel, channels, inner, n.repeat, [=, &n](I ch, I at, I count, I step, I k, NormSums<T>& sums) __attribute__((always_inline)) {
     Curve<T> c = n.curve(ch, k);
     V<T> scale = n.at(n.SCALE, ch, k), shift = n.at(n.SHIFT, ch, k), mean = n.at(n.MEAN, ch, k);
     summed(count, sums, [=, &c](I i, NormSums<T>& s) __attribute__((always_inline)) {
@@ -408,9 +438,6 @@ template<class T> void norm_backward(const T* g, const T* x, T* dx, T* const sum
       s.h += dh; s.hx += dh*(v - mean);
     });
   });
-  add_blocks(parts, blocks, 5*channels);
-  for (I j = 0; j < 5; j++) for (I i = 0; i < num; i++) sums[j][i] = add_repeats(parts + j*channels + i*n.repeat, n.repeat);
-  free(parts);
   for (I i = 0; i < num; i++) {
     T scale = n.values[n.SCALE*channels + i*n.repeat], invstd = n.invstd(var[i], eps), share = training ? scale*num/numel : 0;
     n.set(n.OF_H, i, scale); n.set(n.OF_X, i, -share*invstd*invstd*sums[4][i]); n.set(n.REST, i, -share*sums[3][i]);
@@ -429,6 +456,8 @@ template<class T> void norm_backward(const T* g, const T* x, T* dx, T* const sum
 }
 
 #define EXPORT_NORM(T) \
+extern "C" void norm_stats_##T(const T* x, T* mean, T* var, I numel, I channels, I inner, I repeat) { \
+  norm_stats(x, mean, var, numel, channels, inner, repeat); } \
 extern "C" void norm_forward_##T(const T* x, T* y, const T* weight, const T* bias, const T* mean, const T* var, double eps, \
                                  const T* leak, const T* sub, const T* maxv, I numel, I channels, I inner, I repeat) { \
   norm_forward(x, y, Norm<T>(weight, bias, mean, var, eps, leak, sub, maxv, channels, inner, repeat), numel, inner); } \

@@ -28,7 +28,7 @@ from torch import Tensor
 from .cpp import source
 from .layout import Layout, in_memory_order, layout_of
 
-# %% ../nbs/api/00_cpu.ipynb #977db5f5
+# %% ../nbs/api/00_cpu.ipynb #dd98c463
 _names = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bfloat16'}
 
 def _flags():
@@ -74,7 +74,7 @@ def kernels() -> ctypes.CDLL|None: # None where nothing could be compiled, which
 def _typed(lib):
     P,I,D = ctypes.c_void_p,ctypes.c_int64,ctypes.c_double
     takes = dict(forward=([P]*6 + [I]*4, None), backward=([P]*5 + [I] + [P]*7 + [I]*4, None), lost=([P, P, I, P], I),
-                 norm_forward=([P]*6 + [D] + [P]*3 + [I]*4, None), norm_backward=([P]*12 + [D, ctypes.c_bool] + [P]*3 + [I]*4, None))
+                 norm_stats=([P]*3 + [I]*4, None), norm_forward=([P]*6 + [D] + [P]*3 + [I]*4, None), norm_backward=([P]*12 + [D, ctypes.c_bool] + [P]*3 + [I]*4, None))
     lib.of = {dtype: {k: getattr(lib, f'{k}_{name}') for k in takes if hasattr(lib, f'{k}_{name}')} for dtype,name in _names.items()}
     for functions in lib.of.values():
         for k,f in functions.items(): f.argtypes,f.restype = takes[k]
