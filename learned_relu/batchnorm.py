@@ -8,18 +8,18 @@ Docs: https://learned-relu.github.io/learned_relu/api/batchnorm.html.md"""
 __all__ = ['bn_learned_relu', 'DeferredBatchNorm1d', 'DeferredBatchNorm2d', 'DeferredBatchNorm3d', 'can_defer', 'BnLearnedRelu',
            'fuse_bn', 'norms_before', 'fuse_batchnorms', 'unfuse_batchnorms']
 
-# %% ../nbs/api/03_batchnorm.ipynb #b80e7192
+# %% ../nbs/api/03_batchnorm.ipynb #446b31ed
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cpu_batchnorm import normed_backward, normed_forward, normed_layout, normed_stats
-from .functional import channel_shape, learned_relu, learned_relu_gradients, transformed
+from .functional import batched, channel_shape, learned_relu, learned_relu_gradients, transformed
 from .layers import LearnedRelu
 from .layout import fitted, values_of, with_strides
 from .trace import dummy_input, fed_by, places_of
 
-# %% ../nbs/api/03_batchnorm.ipynb #5f2cd422
+# %% ../nbs/api/03_batchnorm.ipynb #1dbbbfb5
 def _kernel_forward(x, weight, bias, params, running_mean, running_var, training, momentum, eps, lay):
     mean,var = normed_stats(x, lay) if training else (running_mean, running_var)
     if training and running_mean is not None:
@@ -44,10 +44,11 @@ class _BnLearnedRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x,weight,bias,*params,running_mean,running_var,mean,spread = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            own = [o if o is None else o.view_as(o) for o in (x, weight, bias, *params)] # so that no path beyond them is counted here
-            y = learned_relu(F.batch_norm(own[0], running_mean, running_var, *own[1:3], ctx.training, 0., ctx.eps), *own[3:])
-            grads = iter(torch.autograd.grad(y, [o for o,n in zip(own, ctx.needs_input_grad) if n], g, create_graph=True))
+        if (again := torch.is_grad_enabled()) or batched(g):
+            with torch.enable_grad():
+                own = [o if o is None else o.view_as(o) for o in (x, weight, bias, *params)] # so that no path beyond them is counted here
+                y = learned_relu(F.batch_norm(own[0], running_mean, running_var, *own[1:3], ctx.training, 0., ctx.eps), *own[3:])
+            grads = iter(torch.autograd.grad(y, [o for o,n in zip(own, ctx.needs_input_grad) if n], g, create_graph=again))
             return *(next(grads) if n else None for n in ctx.needs_input_grad[:6]), *[None]*6
         if ctx.lay:
             x,values = with_strides(x, ctx.strides),values_of(params, len(mean), x.dtype)

@@ -182,6 +182,15 @@ def test_saved_tensors_that_come_back_in_another_layout():
     for a, b in zip(got, want, strict=True): assert torch.equal(a, b)
 
 
+def test_many_gradients_at_once(form):
+    args = arguments()
+    y = bn_learned_relu(args[0], None, None, *args[1:], training=True)
+    gs = torch.randn(5, *y.shape, dtype=y.dtype)
+    got = torch.autograd.grad(y, args, gs, is_grads_batched=True, retain_graph=True)
+    for i, g in enumerate(gs):
+        for a, b in zip(got, torch.autograd.grad(y, args, g, retain_graph=True), strict=True): assert_close(a[i], b)
+
+
 def test_what_the_kernels_do_not_take_goes_another_way():
     x, *ps = arguments(3, torch.float32)
     ones = torch.ones(3)
