@@ -182,6 +182,30 @@ def test_saved_tensors_that_come_back_in_another_layout():
     for a, b in zip(got, want, strict=True): assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(cpu.kernels() is None, reason='needs Linux and a C++ compiler')  # PyTorch rounds more, channels last
+@pytest.mark.parametrize('eps', [0., 1e-5])
+@pytest.mark.parametrize('last', [False, True])
+def test_what_does_not_vary(last, eps):
+    x = torch.tensor([.1, 1e3 + .1, -7.7]).reshape(1, 3, 1, 1).expand(5, 3, 9, 9)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    w, b, *ps = arguments(3, torch.float32)[1:]
+    rm, rv = torch.zeros(3), torch.ones(3)
+    y = bn_learned_relu(x, rm, rv, w, b, *ps, training=True, eps=eps)
+    assert_close(y, learned_relu(b.reshape(1, 3, 1, 1).expand(5, 3, 9, 9).contiguous(), *ps), rtol=1e-3, atol=2e-2)
+    assert rv.isfinite().all() and (rv <= .9 + 1e-6).all() and torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize('kwargs', [dict(momentum=.1), dict(momentum=1.), dict(momentum=0.)], ids=str)
+def test_running_statistics_are_those_of_pytorch(kwargs):
+    x, *ps = arguments(3, torch.float32)
+    x = (x.detach() + 100).requires_grad_()
+    mine, theirs = ([torch.full((3,), 2.), torch.full((3,), 3.)] for _ in range(2))
+    for _ in range(3):
+        bn_learned_relu(x, *mine, *ps, training=True, **kwargs)
+        F.batch_norm(x, *theirs, training=True, **kwargs)
+    for a, b in zip(mine, theirs, strict=True): assert_close(a, b)
+
+
 def test_many_gradients_at_once(form):
     args = arguments()
     y = bn_learned_relu(args[0], None, None, *args[1:], training=True)
