@@ -306,7 +306,7 @@ EXPORT(double)
 EXPORT(bfloat16)
 '''
 
-# %% ../nbs/api/00_cpp.ipynb #23927bd7
+# %% ../nbs/api/00_cpp.ipynb #87ae3040
 normed = r'''
 template<class T> struct Norm { // one value of each per channel of the layout
   enum { LEAK, SUB, MAXV, MEAN, SCALE, SHIFT, OF_H, OF_X, REST, COUNT };
@@ -413,8 +413,8 @@ template<class T> void norm_stats(const T* x, T* mean, T* var, I numel, I channe
     summed(count, sums, [=](I i, Moments<T>& s) __attribute__((always_inline)) { V<T> d = load(x + at + i*step, k) - m; s.first += d; s.second += d*d; });
   });
   for (I i = 0; i < num; i++) {
-    double off = mean[i]/count, spread = var[i]/count - off*off;
-    mean[i] = repeated[i*repeat] + off; var[i] = spread < 0 ? 0 : spread; // by rounding, where all x are the same
+    double off = mean[i]/count;
+    mean[i] = repeated[i*repeat] + off; var[i] = var[i]/count - off*off;
   }
   free(repeated);
 }

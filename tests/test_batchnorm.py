@@ -186,13 +186,15 @@ def test_saved_tensors_that_come_back_in_another_layout():
 @pytest.mark.parametrize('eps', [0., 1e-5])
 @pytest.mark.parametrize('last', [False, True])
 def test_what_does_not_vary(last, eps):
-    x = torch.tensor([.1, 1e3 + .1, -7.7]).reshape(1, 3, 1, 1).expand(5, 3, 9, 9)
+    n = 300
+    x = (torch.rand(n, generator=torch.Generator().manual_seed(0))*10**torch.linspace(-3, 3, n)).reshape(1, n, 1, 1).expand(5, n, 9, 9)
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
-    w, b, *ps = arguments(3, torch.float32)[1:]
-    rm, rv = torch.zeros(3), torch.ones(3)
+    w, b, *ps = arguments(n, torch.float32)[1:]
+    rm, rv = torch.zeros(n), torch.ones(n)
     y = bn_learned_relu(x, rm, rv, w, b, *ps, training=True, eps=eps)
-    assert_close(y, learned_relu(b.reshape(1, 3, 1, 1).expand(5, 3, 9, 9).contiguous(), *ps), rtol=1e-3, atol=2e-2)
-    assert rv.isfinite().all() and (rv <= .9 + 1e-6).all() and torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+    if eps: assert_close(y, learned_relu(b.reshape(1, n, 1, 1).expand(5, n, 9, 9).contiguous(), *ps), rtol=1e-3, atol=5e-2)
+    assert rv.isfinite().all() and (rv - .9).abs().max() < 1e-6
+    assert y.isfinite().all() and torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
 @pytest.mark.parametrize('kwargs', [dict(momentum=.1), dict(momentum=1.), dict(momentum=0.)], ids=str)
