@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/api/02_act_layer.ipynb #da3fa068
+# %% ../nbs/api/02_act_layer.ipynb #c253fdb1
 def starting_value(
     kind:str, # name of the parameter, for the error
     value:float|Tensor, # one number, or one per channel: a tensor of shape `(num_parameters,)`
@@ -26,7 +26,7 @@ def starting_value(
     if v.ndim and v.shape != (num_parameters,):
         raise ValueError(f'{kind} starts from shape {tuple(v.shape)}: pass one number, or a tensor of shape ({num_parameters},)')
     if not v.isfinite().all(): raise ValueError(f'{kind} starts at {value}: pass finite numbers')
-    return v.detach().expand(num_parameters).clone()
+    return v.detach().expand(num_parameters).clone(memory_format=torch.contiguous_format)
 
 # %% ../nbs/api/02_act_layer.ipynb #5a335327
 def check_bounds(

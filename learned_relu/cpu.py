@@ -144,7 +144,7 @@ def with_kept(
     res = in_memory_order(t, channel_dim, lay).index_copy(1, columns.nonzero()[:,0], kept)
     return res.view(t.shape) if t.is_contiguous() else res.view(t.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
 
-# %% ../nbs/api/00_cpu.ipynb #aab5c4a7
+# %% ../nbs/api/00_cpu.ipynb #c96f185c
 def _pointer(t): return None if t is None else t.data_ptr()
 
 def forward(
@@ -176,7 +176,7 @@ def backward(
     like = kept if y is None else y
     if g.stride() != like.stride() or g.dtype != like.dtype: g = torch.empty_like(like).copy_(g)
     leak,sub,maxv = values
-    grads = dx,dleak,dsub,dmaxv = torch.empty_like(like),torch.empty_like(leak),torch.empty_like(sub),torch.empty_like(maxv)
+    grads = dx,dleak,dsub,dmaxv = torch.empty_like(like),*(o.new_empty(o.shape) for o in values) # contiguous, whatever the strides of one value
     width = 0 if kept is None else lay.channels if y is None else kept.shape[1]
     kernels().of[like.dtype]['backward'](g.data_ptr(), _pointer(y), _pointer(bits), _pointer(kept), _pointer(slot), width, dx.data_ptr(), dleak.data_ptr(),
         dsub.data_ptr(), dmaxv.data_ptr(), leak.data_ptr(), sub.data_ptr(), maxv.data_ptr(), like.numel(), lay.channels, lay.inner, lay.repeat)

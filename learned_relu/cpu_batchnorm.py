@@ -36,7 +36,7 @@ def normed_stats(
     kernels().of[x.dtype]['norm_stats'](*_pointers(x, mean, var), x.numel(), *lay[1:])
     return mean, var
 
-# %% ../nbs/api/00_cpu_batchnorm.ipynb #2f039712
+# %% ../nbs/api/00_cpu_batchnorm.ipynb #d6e2400e
 def normed_forward(
     x:Tensor, # input of the BatchNorm
     weight:Tensor, # `(channels,)`; None for 1
@@ -66,6 +66,6 @@ def normed_backward(
 ) -> tuple: # gradients of the input, weight, bias, leak, sub and maxv
     "All six gradients."
     if g.stride() != x.stride() or g.dtype != x.dtype: g = torch.empty_like(x).copy_(g)
-    dx,*grads = torch.empty_like(x),*(torch.empty_like(mean) for _ in range(5))
+    dx,*grads = torch.empty_like(x),*(mean.new_empty(mean.shape) for _ in range(5))
     kernels().of[x.dtype]['norm_backward'](*_pointers(g, x, dx, *grads, weight, bias, mean, var), eps, training, *_pointers(*values), x.numel(), *lay[1:])
     return dx, *grads

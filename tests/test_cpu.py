@@ -97,6 +97,16 @@ def test_any_shape(shape, data, last, slope):
     for a, b in zip(got[1:], want[1:], strict=True): assert_close(a, b)
 
 
+@pytest.mark.parametrize('impl', ['kernel', 'eager'])
+def test_gradients_lie_as_optimizers_want_them(impl):
+    ps = [nn.Parameter(torch.tensor(o).expand(1).clone()) for o in (.1, .2, 1.)]  # of which the stride is 0
+    assert ps[0].stride() == (0,) and LearnedRelu().leak.stride() == (1,)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learned_relu(torch.randn(2, 3), *ps, impl=impl).sum().backward()
+    assert all(p.grad.stride() == (1,) for p in ps)
+
+
 @pytest.mark.parametrize('last', [False, True])
 @pytest.mark.parametrize('num', [1, 64])
 def test_many_threads_and_a_gradient_in_another_layout(last, num):
