@@ -104,7 +104,7 @@ def _gradients(g, positive, clipped, negative, params, lines):
     return (torch.where(positive, passed, passed * l), param_grad(passed.to(wide) * negative, l, leak),
             -param_grad(passed, s, sub), param_grad(torch.where(clipped, g, 0), m, maxv))
 
-# %% ../nbs/api/00_functional.ipynb #068ddf40
+# %% ../nbs/api/00_functional.ipynb #20fed345
 def _shifted(x, leak, sub, floor):
     if floor is not None: x = x.clamp_min(floor)
     slope,dim = leak.reshape(-1),next((i for i,n in enumerate(leak.shape) if n > 1), 1)
@@ -119,7 +119,7 @@ def _clips(z, m): return not (_asked(z) and (z.amax(_others(m), keepdim=True) < 
 
 def _eager_gradients(g, x, params, lines, floor, clips, need):
     l,s,m = lines
-    passed,dleak,dsub,dmaxv = g,None,None,torch.zeros_like(params[2])
+    passed,dleak,dsub,dmaxv = g,None,None,params[2].new_zeros(params[2].shape)
     if clips:
         room = _shifted(x, l, s, floor).neg_().add_(m)
         passed = torch.ops.aten.threshold_backward.grad_input(g, room, 0, grad_input=room)
