@@ -19,7 +19,7 @@ from .layers import LearnedRelu
 from .layout import fitted, values_of, with_strides
 from .trace import dummy_input, fed_by, places_of
 
-# %% ../nbs/api/03_batchnorm.ipynb #1dbbbfb5
+# %% ../nbs/api/03_batchnorm.ipynb #f856a570
 def _kernel_forward(x, weight, bias, params, running_mean, running_var, training, momentum, eps, lay):
     mean,var = normed_stats(x, lay) if training else (running_mean, running_var)
     if training and running_mean is not None:
@@ -80,14 +80,14 @@ def bn_learned_relu(
         if v is not None and v.shape != x.shape[1:2]: raise ValueError(f'{k} has shape {tuple(v.shape)}, but x has {x.shape[1]} channels (shape {tuple(x.shape)})')
     if training and x.numel() == x.shape[1]: raise ValueError(f'x has shape {tuple(x.shape)}, one value per channel: training needs more to normalise by')
     if not training and running_mean is None: raise ValueError('running_mean is None: pass running statistics, or training=True')
-    params = leak,sub,maxv
-    if transformed() or x.numel() == 0: return learned_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), *params)
+    params,running,how = (leak, sub, maxv),(running_mean, running_var),(training, momentum, eps)
+    def apart(): return learned_relu(F.batch_norm(x, *running, weight, bias, *how), *params)
+    if transformed() or x.numel() == 0: return apart()
     for k,p in dict(leak=leak, sub=sub, maxv=maxv).items(): channel_shape(x, p, 1, k)
-    lay = normed_layout(x, running_mean, running_var, weight, bias) if all(p.device == x.device for p in params) else None
+    lay = normed_layout(x, *running, weight, bias) if all(p.device == x.device for p in params) else None
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, weight, bias, *params)):
-        return _BnLearnedRelu.apply(x, weight, bias, *params, running_mean, running_var, training, momentum, eps, lay)
-    if lay: return _kernel_forward(x, weight, bias, params, running_mean, running_var, training, momentum, eps, lay)[0]
-    return learned_relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), *params)
+        return _BnLearnedRelu.apply(x, weight, bias, *params, *running, *how, lay)
+    return _kernel_forward(x, weight, bias, params, *running, *how, lay)[0] if lay else apart()
 
 # %% ../nbs/api/03_batchnorm.ipynb #812f34d9
 class _Deferred:
