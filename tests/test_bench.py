@@ -71,7 +71,7 @@ def test_a_batch_has_to_be_there_for_every_process(images, monkeypatch):
 
 def test_every_arm_trains_from_the_same_start(images, tmp_path):
     names = ('leaky,prelu,silu,mish,general,clip,symmetric,threshold,leaky_grad,penalty,torch.nn.ELU,learned_relu.layers.LearnedClip,'
-             'learned_scalar,learned_only_sub,learned_no_leak,learned_no_sub,learned_no_maxv,learned_fast,learned+caps+averages+freeze')
+             'learned_scalar,learned_only_sub,learned_no_leak,learned_no_sub,learned_no_maxv,learned_fast,learned_from_relu,learned+caps+averages+freeze')
     run('--data', images, *SMALL, '--seeds', 1, '--arms', names, '--out', tmp_path, check=True)
     records = {r['arm']: r for r in map(read_record, (tmp_path/'records').glob('*.json'))}
     assert set(records) == set(names.split(',')) and len({json.dumps(r['pair']) for r in records.values()}) == 1

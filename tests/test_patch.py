@@ -3,6 +3,7 @@ import pytest
 import torch
 from fastai.vision.models.xresnet import xresnet18, xresnet34
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import googlenet, resnet18, resnet50
 
 from learned_relu.all import (
@@ -13,9 +14,12 @@ from learned_relu.all import (
     LearnedThreshold,
     SymmetricClip,
     act_layers,
+    fold_batchnorms,
     learned_xresnet,
     patch_relus,
+    plain_xresnet,
     unpatch_relus,
+    xresnet_names,
 )
 
 
@@ -118,3 +122,40 @@ def test_distributed_is_refused():
         def __init__(self): nn.Module.__init__(self)
     with pytest.raises(ValueError, match='patch the model first'): patch_relus(Fake())
     assert isinstance(LearnedRelu(), nn.Module)
+
+
+def batchnorms(model): return [k for k, m in model.named_modules() if isinstance(m, _BatchNorm)]
+
+
+def test_folded_batchnorms_leave_the_function_of_evaluation_and_normalise_nothing():
+    torch.manual_seed(0)
+    model = plain_xresnet('xse_resnet18', 10, sa=True).double()
+    for m in model.modules():
+        if isinstance(m, _BatchNorm):
+            for t in m.running_mean, m.bias, m.weight: nn.init.normal_(t)
+            nn.init.uniform_(m.running_var, .5, 2)
+    x, state = torch.randn(4, 3, 32, 32, dtype=torch.double), torch.get_rng_state()
+    before, relus = model.eval()(x), len(patch_relus(model, dry_run=True))
+    assert batchnorms(model) and fold_batchnorms(model.train()) is model and batchnorms(model) == []
+    assert all(m.training for m in model.modules()) and torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(x[:1]), before[:1], rtol=1e-10, atol=1e-10)
+    assert len(patch_relus(model, dry_run=True)) == relus
+    model(x).sum().backward()
+    assert all(p.grad is not None for m in model.modules() if isinstance(m, nn.Conv2d) for p in m.parameters())
+
+
+@pytest.mark.parametrize('name', xresnet_names())
+def test_every_xresnet_can_be_folded(name):
+    with torch.device('meta'): model = plain_xresnet(name, 10)
+    assert batchnorms(model) and batchnorms(fold_batchnorms(model)) == []
+
+
+@pytest.mark.parametrize('wrong', [
+    nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+    nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4))], ids=['an activation between', 'no statistics', 'transposed'])
+def test_what_cannot_be_folded_is_named_and_nothing_is_changed(wrong):
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), wrong)
+    layers = list(model.modules())
+    with pytest.raises(ValueError, match=rf'^1\.{len(wrong) - 1} is a BatchNorm that does not follow a convolution'): fold_batchnorms(model)
+    assert list(model.modules()) == layers

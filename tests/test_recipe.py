@@ -1,14 +1,18 @@
 "Recipe files: what they may say, and that the boards are what their names say."
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from fastai.losses import LabelSmoothingCrossEntropyFlat
+from fastcore.nbio import read_nb
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from learned_relu.bench.arms import arm_patch, arms
+from learned_relu.bench.arms import arm_model, arm_patch, arms
 from learned_relu.bench.cli import learned_relu_compare, planned
-from learned_relu.bench.recipe import Recipe, read_recipe
+from learned_relu.bench.recipe import Recipe, _later, read_recipe
+from learned_relu.bench.record import read_record
 
 RECIPES = Path(__file__).resolve().parents[1]/'benchmarks'/'recipes'
 BOARDS = [(d, s, e) for d in ('imagenette', 'imagewoof') for s in (128, 192, 256) for e in (5, 20, 80, 200)]
@@ -84,10 +88,30 @@ def test_a_command_line_goes_before_the_file_and_the_file_before_its_base(tmp_pa
 def test_every_field_changes_the_digest():
     other = dict(data='x', source='160', arch='xresnet34', epochs=2, size=29, bs=3, lr=1.,
                  schedule='flat_cos', opt='ranger', sqrmom=.5, eps=1e-3, wd=0.,
-                 smoothing=.1, mixup=.1, sh=.1, sa=True, sym=True, pool='MaxPool', fp16=True)
+                 smoothing=.1, mixup=.1, sh=.1, sa=True, sym=True, pool='MaxPool', fp16=True, batchnorm=False)
     digests = {Recipe(**{k: v}).digest('f') for k, v in other.items()}
     digests |= {Recipe(opt='ranger', beta=1.).digest('f'), Recipe(schedule='flat_cos', mom=.5).digest('f'), Recipe().digest('f')}
     assert set(other) | {'beta', 'mom'} == {o.name for o in fields(Recipe)} and len(digests) == len(other) + 3
+
+
+def test_a_field_that_came_later_leaves_the_digests_of_older_records():
+    records = [read_record(o) for o in RECIPES.parent.glob('records/*/records/*.json')]
+    full = [r for r in records if {o.name for o in fields(Recipe)} - _later.keys() <= r['recipe'].keys()] # the first three folders say less
+    assert len(full) > 30 and any('batchnorm' not in r['recipe'] for r in full)
+    for r in full: assert replace(Recipe(**r['recipe']), data=r['data']['name']).digest(r['data']['fingerprint']) == r['digest']
+
+
+def test_without_batchnorm_is_another_network_and_with_it_the_usual_one():
+    def count(**how): return sum(isinstance(m, _BatchNorm) for m in Recipe(**how).model(10).modules())
+    assert count(batchnorm=False) == 0 < count() == count(batchnorm=True)
+
+
+def test_what_learns_from_relu_starts_as_relu():
+    torch.manual_seed(0); x = torch.randn(4, 1, 16, 16)
+    outs = []
+    for arm in 'relu', 'learned_from_relu', 'learned':
+        torch.manual_seed(0); outs.append(arm_model(arm, Recipe(), 10, 1)(x))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
 def test_integers_and_floats_of_one_value_are_one_recipe():
@@ -105,4 +129,5 @@ def test_arms_that_cannot_be(arm, words):
 
 
 def test_arm_names_are_documented():
-    assert all(re.fullmatch('[a-z_]+', o) for o in arms)
+    prose = ' '.join(o.source for o in read_nb(RECIPES.parents[1]/'nbs/api/31_bench.arms.ipynb').cells if o.cell_type == 'markdown')
+    assert [o for o in arms if f'`{o}`' not in prose] == []

@@ -25,7 +25,7 @@ from ..callback.telemetry import ActTelemetry
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..patch import patch_relus
 
-# %% ../../nbs/api/31_bench.arms.ipynb #3ad0e710
+# %% ../../nbs/api/31_bench.arms.ipynb #c04c8501
 _learned = dict(layer=LearnedRelu)
 arms = dict(
     relu=None,
@@ -41,6 +41,7 @@ arms = dict(
     learned_no_maxv=_learned | dict(learn=('leak', 'sub')),
     learned_only_sub=_learned | dict(learn=('sub',)),
     learned_fast=_learned,
+    learned_from_relu=_learned | dict(leak=0., sub=0.),
     clip=dict(layer=LearnedClip),
     symmetric=dict(layer=SymmetricClip),
     threshold=dict(layer=LearnedThreshold),

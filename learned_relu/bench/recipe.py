@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.recipe.html.md"""
 # %% auto #0
 __all__ = ['opts', 'pools', 'schedules', 'sources', 'Recipe', 'Plan', 'read_recipe']
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #806573da
+# %% ../../nbs/api/30_bench.recipe.ipynb #87dfefe8
 import hashlib
 import json
 import math
@@ -21,13 +21,14 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD, Adam, RMSProp, ranger
 from torch import nn
 
-from ..xresnet import plain_xresnet, xresnet_names
+from ..xresnet import fold_batchnorms, plain_xresnet, xresnet_names
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #fbfc74c8
+# %% ../../nbs/api/30_bench.recipe.ipynb #378560b8
 opts = dict(adam=(Adam, 'mom sqr_mom eps'), ranger=(ranger, 'mom sqr_mom eps beta'), rms=(RMSProp, 'mom sqr_mom eps'), sgd=(SGD, 'mom'))
 pools = dict(AvgPool=AvgPool, MaxPool=MaxPool)
 schedules = 'one_cycle','flat_cos'
 sources = '160','320','full'
+_later = dict(batchnorm=True) # fields that the first records lack, with what they meant there
 
 @dataclass(frozen=True)
 class Recipe:
@@ -52,6 +53,7 @@ class Recipe:
     sa:bool=False # self-attention
     sym:bool=False # symmetric self-attention
     pool:str='AvgPool' # of the shortcuts: 'AvgPool' or 'MaxPool'
+    batchnorm:bool=True # BatchNorm after each convolution; without, it is folded into the convolution before training
     fp16:bool=False # mixed precision, on a GPU
 
     def __post_init__(self):
@@ -85,7 +87,7 @@ class Recipe:
         fingerprint:str, # of the data
     ) -> str: # 8 hexadecimal digits
         "A short name for this recipe on these data."
-        return hashlib.sha256(json.dumps([asdict(self), fingerprint], sort_keys=True).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps([dict(asdict(self).items() - _later.items()), fingerprint], sort_keys=True).encode()).hexdigest()[:8]
 
     def model(self,
         n_out:int, # number of classes
@@ -93,7 +95,8 @@ class Recipe:
     ) -> nn.Module:
         "The network with ReLUs."
         more = dict(sa=self.sa, sym=self.sym, pool=pools[self.pool])
-        return plain_xresnet(self.arch, n_out, c_in=c_in, **more)
+        model = plain_xresnet(self.arch, n_out, c_in=c_in, **more)
+        return model if self.batchnorm else fold_batchnorms(model)
 
     def opt_func(self): # what a `Learner` takes as `opt_func`
         "The optimizer."
