@@ -62,6 +62,21 @@ def test_a_run_more_joins_the_report(finished, tmp_path):
     assert table.loc['relu', 'n'] == 3 and table.loc['learned', 'n'] == 2 and table.loc['learned', 'vs relu n'] == 2
 
 
+ELSEWHERE = """import os, sys
+sys.modules.update(resource=None, fcntl=None)
+for o in 'pwrite', 'getuid': delattr(os, o)
+from learned_relu.all import Recipe, Source, train_run
+r = train_run('learned', 0, Recipe(size=16, bs=8), Source(sys.argv[1], 16, workers=0))
+print(r['peak_memory'], len(r['accuracy']))"""
+
+
+def test_a_run_needs_nothing_that_only_unix_has(images, tmp_path):
+    env = os.environ | dict(XDG_CACHE_HOME=str(tmp_path), CXX='')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', ELSEWHERE, images], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.splitlines()[-1] == "{'bytes': None, 'scope': 'process, all its runs'} 1"
+    assert list((tmp_path/'learned_relu'/'images').glob('*.rgb'))
+
+
 def test_a_batch_has_to_be_there_for_every_process(images, monkeypatch):
     Source(images, 16, cache=False).check_bs(24)
     monkeypatch.setenv('WORLD_SIZE', '2')

@@ -78,7 +78,7 @@ class DecodedImages:
         "The image of a file: from the map, or decoded if it is not there, as when a trained model is given a new one."
         return self[self._place[file]] if file in self._place else PILImage.create(file)
 
-# %% ../../nbs/api/31_bench.cache.ipynb #6731badb
+# %% ../../nbs/api/31_bench.cache.ipynb #dafb68cc
 def _named(f, file):
     try: return f(file)
     except Exception as e: raise ValueError(f'{file} cannot be read ({e}): mend it, or leave it out with skip_unreadable') from e
@@ -86,10 +86,10 @@ def _named(f, file):
 def _size(file):
     with Image.open(file) as o: return o.height, o.width
 
-def _write(fd, data, offset):
-    while len(data):
-        n = os.pwrite(fd, data, offset)
-        data,offset = data[n:],offset + n
+def _write(path, data, offset):
+    with open(path, 'r+b') as f:
+        f.seek(offset)
+        f.write(data)
 
 def _refuse(where, why):
     return ValueError(f'{where} {why}: make room, let XDG_CACHE_HOME name another directory, or train without the cache')
@@ -107,13 +107,11 @@ def _decode(path, files, stamp):
     def one(i):
         pixels = np.asarray(_named(lambda o: PILImage.create(o.read_bytes()), files[i]))
         if pixels.shape[:2] != tuple(sizes[i]): raise ValueError(f'{files[i]} is not of the size that its header says: mend it')
-        _write(fd, pixels.data.cast('B'), int(ends[i]) - pixels.size)
+        _write(temp, pixels, int(ends[i]) - pixels.nbytes)
     try:
-        with open(temp, 'wb') as f:
-            fd = f.fileno()
-            _write(fd, memoryview(head), 0)
-            parallel(one, range(len(files)), threadpool=True, progress=len(files) > 1000)
-            os.fsync(fd)
+        temp.write_bytes(head)
+        parallel(one, range(len(files)), threadpool=True, progress=len(files) > 1000)
+        with open(temp, 'r+b') as f: os.fsync(f.fileno())
         os.replace(temp, path)
     except OSError as e: raise _refuse(where, f'cannot be written ({e}), where {takes}, and {shutil.disk_usage(where).free/1e6:,.1f} MB are free') from e
     finally: temp.unlink(missing_ok=True)

@@ -8,10 +8,9 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.run.html.md"""
 __all__ = ['FORMAT', 'Source', 'BatchDigest', 'weights_digest', 'commit', 'peak_memory', 'state_digest', 'make_learner', 'fit',
            'train_run']
 
-# %% ../../nbs/api/32_bench.run.ipynb #d2f3ac7a
+# %% ../../nbs/api/32_bench.run.ipynb #aebad1a6
 import hashlib
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -38,7 +37,10 @@ from .resume import EpochCheckpoint, random_states, set_random_states
 from ..init import caps_from_data
 from ..params import act_layers, act_params, activation_weights
 
-# %% ../../nbs/api/32_bench.run.ipynb #2b75c1f0
+try: import resource
+except ImportError: resource = None # on Windows
+
+# %% ../../nbs/api/32_bench.run.ipynb #590d8ec4
 class Source:
     "The data of a comparison: found and checked once, made into equal data loaders for every run."
     def __init__(self,
@@ -119,10 +121,11 @@ def commit() -> str: # None without git
         return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--', str(here)) else '')
     except (OSError, subprocess.CalledProcessError): return None
 
-def peak_memory(device) -> dict: # bytes, and what was counted
+def peak_memory(device) -> dict: # bytes, None where the system does not count them, and what was counted
     "The most memory used so far: of the device since its counter was reset, or of the whole process."
     if device.type == 'cuda': return dict(bytes=torch.cuda.max_memory_allocated(device), scope='device, this run')
-    return dict(bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024), scope='process, all its runs')
+    used = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    return dict(bytes=used, scope='process, all its runs')
 
 # %% ../../nbs/api/32_bench.run.ipynb #92996433
 FORMAT = 1
