@@ -25,7 +25,7 @@ from ..callback.telemetry import ActTelemetry
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..patch import patch_relus
 
-# %% ../../nbs/api/31_bench.arms.ipynb #c04c8501
+# %% ../../nbs/api/31_bench.arms.ipynb #932f8301
 _learned = dict(layer=LearnedRelu)
 arms = dict(
     relu=None,
@@ -41,7 +41,7 @@ arms = dict(
     learned_no_maxv=_learned | dict(learn=('leak', 'sub')),
     learned_only_sub=_learned | dict(learn=('sub',)),
     learned_fast=_learned,
-    learned_from_relu=_learned | dict(leak=0., sub=0.),
+    learned_from_relu=_learned | dict(leak=0., sub=0., maxv=100.),
     clip=dict(layer=LearnedClip),
     symmetric=dict(layer=SymmetricClip),
     threshold=dict(layer=LearnedThreshold),
