@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .params import act_layers
 from .trace import uncompiled
 
-# %% ../nbs/api/06_init.ipynb #10041433
+# %% ../nbs/api/06_init.ipynb #bb5ac786
 def _quantile(y, layer, share):
     rows = y.movedim(layer.channel_dim, 0).flatten(1) if layer.num_parameters > 1 else y.flatten()[None]
     return rows.float().kthvalue(max(1, math.ceil((1 - share)*rows.shape[1])), 1).values
@@ -27,7 +27,7 @@ def caps_from_data(
     x:Tensor, # a batch of its inputs, as in training
     share:float=.01, # of the elements, that is to be clipped at the start, in (0, 0.5]
 ) -> dict: # name of the layer -> its caps, `(num_parameters,)`
-    "Start each `maxv` where `share` of this batch is clipped, and reset averages; all else stays as it was. `ValueError` where nothing learns `maxv`."
+    "Start each `maxv` where `share` of this batch is clipped, if that is above 0, and reset averages; all else stays as it was. `ValueError` where nothing learns `maxv`, or no cap would be above 0."
     if not 0 < share <= .5: raise ValueError(f'share is {share}: pass a number in (0, 0.5]')
     layers = {n: m for n,m in act_layers(model).items() if 'maxv' in m.learn}
     if not layers: raise ValueError('No layer of the model learns maxv: patch it with LearnedRelu first')
@@ -38,7 +38,7 @@ def caps_from_data(
         values = {k: m.current(k) for k in m.kinds} | dict(maxv=torch.full_like(m.maxv, math.inf))
         done[m] = _quantile(m.curve(args[0], values, m.channel_dim), m, share)
         if not done[m].isfinite().all(): raise ValueError(f'The batch gives activations that are not finite in {next(n for n,o in layers.items() if o is m)}: look at x')
-        m.maxv.copy_(done[m])
+        m.maxv.copy_(torch.where(done[m] > 0, done[m], m.maxv)) # a cap below 0 would leave a constant
     hooks = [m.register_forward_pre_hook(start) for m in layers.values()]
     try:
         with torch.random.fork_rng([o.index for o in {p.device for p in model.parameters() if p.is_cuda}]), uncompiled(model): model.train()(x)
@@ -49,5 +49,6 @@ def caps_from_data(
         for h in hooks: h.remove()
         for m,mode in training: m.training = mode
         for b,old in buffers: b.copy_(old)
+    if not any((o > 0).any() for o in done.values()): raise ValueError(f'share is {share}, and no cap would be above 0 on this batch: pass a smaller share, or another batch')
     for m in layers.values(): m.reset_averages()
     return {n: m.maxv.detach().clone() for n,m in layers.items()}

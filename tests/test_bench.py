@@ -1,5 +1,6 @@
 "Runs in pairs, records that survive, and the commands as a shell calls them."
 import json
+import math
 import os
 import shutil
 import signal
@@ -70,8 +71,8 @@ r = train_run('learned', 0, Recipe(size=16, bs=8), Source(sys.argv[1], 16, worke
 print(r['peak_memory'], len(r['accuracy']))"""
 
 
-def test_a_run_needs_nothing_that_only_unix_has(images, tmp_path):
-    env = os.environ | dict(XDG_CACHE_HOME=str(tmp_path), CXX='')
+def test_a_run_needs_no_resource_fcntl_pwrite_or_getuid(images, tmp_path):
+    env = os.environ | dict(XDG_CACHE_HOME=str(tmp_path), CXX='false') # and no kernels
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', ELSEWHERE, images], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.splitlines()[-1] == "{'bytes': None, 'scope': 'process, all its runs'} 1"
     assert list((tmp_path/'learned_relu'/'images').glob('*.rgb'))
@@ -96,6 +97,12 @@ def test_every_arm_trains_from_the_same_start(images, tmp_path):
     assert records['learned_no_leak']['fixed'].keys() == {'leak'} and records['learned_only_sub']['fixed'] == dict(leak=pytest.approx(.05), maxv=10.)
     caps = [v['max'] for k, v in records['learned+caps+averages+freeze']['activation'].items() if k.endswith('.maxv')]
     assert len(caps) == 19 and max(caps) < 9 and {v['n'] for v in records['learned_scalar']['activation'].values()} == {1}
+
+
+def test_a_command_trains_without_batchnorm(images, tmp_path):
+    run('--data', images, *SMALL, '--seeds', 1, '--arms', 'learned+caps', '--batchnorm', 0, '--out', tmp_path, check=True)
+    record, = map(read_record, (tmp_path/'records').glob('*.json'))
+    assert record['recipe']['batchnorm'] is False and all(map(math.isfinite, record['train_loss'] + record['valid_loss']))
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])

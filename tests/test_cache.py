@@ -157,6 +157,11 @@ def test_a_full_disk_is_refused_in_words(folder, tmp_path, monkeypatch, when):
     same(decode_images(path, files, mark, tmp_path), files)
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')
+def test_a_disk_that_is_full_only_when_a_file_is_closed_is_noticed():
+    with pytest.raises(OSError, match='No space left'): cache._write('/dev/full', b'x', 0)
+
+
 @pytest.mark.parametrize('how', ['not an image', 'cut short'])
 def test_an_unreadable_image_is_named(tmp_path, how):
     path, files, mark = find_images(pictures(tmp_path/'p', 12, (100, 120)))

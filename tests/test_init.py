@@ -12,7 +12,7 @@ def network():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), LearnedRelu(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), LearnedRelu())
 
 
-@pytest.mark.parametrize('share', [.01, .1, .5])
+@pytest.mark.parametrize('share', [.01, .1, .3])
 def test_the_share_is_clipped_and_nothing_else_moves(share):
     model, x = network().eval(), torch.randn(16, 3, 12, 12)
     before, draws = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
@@ -25,6 +25,21 @@ def test_the_share_is_clipped_and_nothing_else_moves(share):
     for i in 2, 5: model[i].register_forward_hook(lambda m, a, y: seen.append(m.clipped(y).float().mean((0, 2, 3) if m.num_parameters > 1 else None)))
     model(x)
     for o in seen: assert torch.allclose(o, torch.tensor(share), atol=.002) # each channel on its own, and the layer as a whole
+
+
+def test_a_channel_that_gives_nothing_above_zero_keeps_its_cap():
+    model, x = network(), torch.randn(4, 3, 12, 12)
+    model[1].bias.data[2] = -50
+    caps = caps_from_data(model, x)
+    assert [(o == 10).item() for o in caps['2']] == [False, False, True, False] and ((0 < caps['2']) & (caps['2'] < 4))[[0, 1, 3]].all()
+
+
+def test_where_no_cap_would_be_above_zero_none_is_moved_and_it_is_said():
+    model = network()
+    with torch.no_grad():
+        for o in model[1], model[4]: o.bias.fill_(-50)
+    with pytest.raises(ValueError, match='share is 0.01, and no cap would be above 0'): caps_from_data(model, torch.randn(4, 3, 12, 12))
+    assert (model[2].maxv == 10).all() and (model[5].maxv == 10).all()
 
 
 def test_a_batch_that_is_not_finite_moves_no_cap():

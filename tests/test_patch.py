@@ -14,7 +14,6 @@ from learned_relu.all import (
     LearnedThreshold,
     SymmetricClip,
     act_layers,
-    fold_batchnorms,
     learned_xresnet,
     patch_relus,
     plain_xresnet,
@@ -127,35 +126,19 @@ def test_distributed_is_refused():
 def batchnorms(model): return [k for k, m in model.named_modules() if isinstance(m, _BatchNorm)]
 
 
-def test_folded_batchnorms_leave_the_function_of_evaluation_and_normalise_nothing():
-    torch.manual_seed(0)
-    model = plain_xresnet('xse_resnet18', 10, sa=True).double()
-    for m in model.modules():
-        if isinstance(m, _BatchNorm):
-            for t in m.running_mean, m.bias, m.weight: nn.init.normal_(t)
-            nn.init.uniform_(m.running_var, .5, 2)
-    x, state = torch.randn(4, 3, 32, 32, dtype=torch.double), torch.get_rng_state()
-    before, relus = model.eval()(x), len(patch_relus(model, dry_run=True))
-    assert batchnorms(model) and fold_batchnorms(model.train()) is model and batchnorms(model) == []
-    assert all(m.training for m in model.modules()) and torch.equal(state, torch.get_rng_state())
-    torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(model(x[:1]), before[:1], rtol=1e-10, atol=1e-10)
-    assert len(patch_relus(model, dry_run=True)) == relus
-    model(x).sum().backward()
-    assert all(p.grad is not None for m in model.modules() if isinstance(m, nn.Conv2d) for p in m.parameters())
+def test_without_batchnorm_an_xresnet_begins_as_the_same_function_and_normalises_nothing():
+    torch.manual_seed(0); plain, state = plain_xresnet('xse_resnet18', 10, sa=True), torch.get_rng_state()
+    torch.manual_seed(0); bare = plain_xresnet('xse_resnet18', 10, batchnorm=False, sa=True)
+    assert torch.equal(state, torch.get_rng_state()) and batchnorms(plain) and batchnorms(bare) == []
+    assert all(m.training for m in bare.modules()) and len(patch_relus(bare, dry_run=True)) == len(patch_relus(plain, dry_run=True))
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(bare(x), plain.eval()(x))
+    torch.testing.assert_close(bare(x[:1]), bare(x)[:1])
+    bare(x).sum().backward()
+    assert [k for k, p in bare.named_parameters() if p.grad is None] == []
+    assert all(m.bias is not None for k, m in bare.named_modules() if isinstance(m, nn.Conv2d))
 
 
 @pytest.mark.parametrize('name', xresnet_names())
-def test_every_xresnet_can_be_folded(name):
-    with torch.device('meta'): model = plain_xresnet(name, 10)
-    assert batchnorms(model) and batchnorms(fold_batchnorms(model)) == []
-
-
-@pytest.mark.parametrize('wrong', [
-    nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
-    nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4))], ids=['an activation between', 'no statistics', 'transposed'])
-def test_what_cannot_be_folded_is_named_and_nothing_is_changed(wrong):
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), wrong)
-    layers = list(model.modules())
-    with pytest.raises(ValueError, match=rf'^1\.{len(wrong) - 1} is a BatchNorm that does not follow a convolution'): fold_batchnorms(model)
-    assert list(model.modules()) == layers
+def test_every_xresnet_can_do_without_batchnorm(name):
+    with torch.device('meta'): assert batchnorms(plain_xresnet(name, 10)) and batchnorms(plain_xresnet(name, 10, batchnorm=False)) == []

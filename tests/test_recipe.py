@@ -37,7 +37,8 @@ def test_a_board_is_what_its_name_says(data, size, epochs):
 def test_the_arms_that_separate_the_causes_are_all_there():
     plan = read_recipe(RECIPES/'causes.toml')
     both = [f'{o}{x}' for o in ('learned', 'learned_scalar') for x in ('', '+averages', '+freeze', '+averages+freeze')]
-    assert {'relu', 'leaky', 'general', 'prelu', 'silu', 'mish', 'learned_no_leak', 'learned_no_sub', 'learned_no_maxv', *both} <= set(plan.arms)
+    assert {'relu', 'leaky', 'general', 'prelu', 'silu', 'mish', 'learned_from_relu', 'learned_no_leak', 'learned_no_sub',
+            'learned_no_maxv', *both} <= set(plan.arms)
 
 
 def test_the_optimizer_and_the_loss_get_what_the_recipe_says():
@@ -107,11 +108,12 @@ def test_without_batchnorm_is_another_network_and_with_it_the_usual_one():
 
 
 def test_what_learns_from_relu_starts_as_relu():
-    torch.manual_seed(0); x = torch.randn(4, 1, 16, 16)
-    outs = []
-    for arm in 'relu', 'learned_from_relu', 'learned':
-        torch.manual_seed(0); outs.append(arm_model(arm, Recipe(), 10, 1)(x))
-    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    x = torch.randn(4, 3, 64, 64)*2
+    for norm in True, False:
+        outs = []
+        for arm in 'relu', 'learned_from_relu', 'learned':
+            torch.manual_seed(0); outs.append(arm_model(arm, Recipe(batchnorm=norm), 10)(x))
+        assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
 def test_integers_and_floats_of_one_value_are_one_recipe():

@@ -25,7 +25,7 @@ from ..callback.telemetry import ActTelemetry
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 from ..patch import patch_relus
 
-# %% ../../nbs/api/31_bench.arms.ipynb #932f8301
+# %% ../../nbs/api/31_bench.arms.ipynb #3246611e
 _learned = dict(layer=LearnedRelu)
 arms = dict(
     relu=None,
@@ -95,5 +95,5 @@ def arm_cbs(
     layer = (arm_patch(arm) or {}).get('layer')
     if not _learns(layer): return [NoDecayActParams()] if layer is nn.PReLU else []
     added = dict(averages=EMAActParams, freeze=partial(FreezeActParams, at='average' if 'averages' in more else 'value'))
-    clamp = ClampActParams(maxv=(.1, 100.)) if 'caps' in more else ClampActParams()
+    clamp = ClampActParams(maxv=(0., 100.)) if 'caps' in more else ClampActParams()
     return [NoDecayActParams(lr_mult=10. if base == 'learned_fast' else 1.), clamp, *[added[o]() for o in more if o in added], ActTelemetry(every)]

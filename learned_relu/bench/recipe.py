@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.recipe.html.md"""
 # %% auto #0
 __all__ = ['opts', 'pools', 'schedules', 'sources', 'Recipe', 'Plan', 'read_recipe']
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #87dfefe8
+# %% ../../nbs/api/30_bench.recipe.ipynb #806573da
 import hashlib
 import json
 import math
@@ -21,9 +21,9 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD, Adam, RMSProp, ranger
 from torch import nn
 
-from ..xresnet import fold_batchnorms, plain_xresnet, xresnet_names
+from ..xresnet import plain_xresnet, xresnet_names
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #378560b8
+# %% ../../nbs/api/30_bench.recipe.ipynb #6b0d9269
 opts = dict(adam=(Adam, 'mom sqr_mom eps'), ranger=(ranger, 'mom sqr_mom eps beta'), rms=(RMSProp, 'mom sqr_mom eps'), sgd=(SGD, 'mom'))
 pools = dict(AvgPool=AvgPool, MaxPool=MaxPool)
 schedules = 'one_cycle','flat_cos'
@@ -53,7 +53,7 @@ class Recipe:
     sa:bool=False # self-attention
     sym:bool=False # symmetric self-attention
     pool:str='AvgPool' # of the shortcuts: 'AvgPool' or 'MaxPool'
-    batchnorm:bool=True # BatchNorm after each convolution; without, it is folded into the convolution before training
+    batchnorm:bool=True # the network's BatchNorms; without, each is folded into its convolution before training
     fp16:bool=False # mixed precision, on a GPU
 
     def __post_init__(self):
@@ -95,8 +95,7 @@ class Recipe:
     ) -> nn.Module:
         "The network with ReLUs."
         more = dict(sa=self.sa, sym=self.sym, pool=pools[self.pool])
-        model = plain_xresnet(self.arch, n_out, c_in=c_in, **more)
-        return model if self.batchnorm else fold_batchnorms(model)
+        return plain_xresnet(self.arch, n_out, self.batchnorm, c_in=c_in, **more)
 
     def opt_func(self): # what a `Learner` takes as `opt_func`
         "The optimizer."
