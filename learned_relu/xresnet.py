@@ -16,7 +16,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from .layers import LearnedRelu
 from .patch import patch_relus
 
-# %% ../nbs/api/10_xresnet.ipynb #3cf92c9c
+# %% ../nbs/api/10_xresnet.ipynb #eee0bab0
 def xresnet_names() -> list: # names that `learned_xresnet` accepts
     "The xresnets that fastai can build; its `xsenet154` is left out, because it raises `TypeError` there."
     return [o for o in fastai_xresnet.__all__ if o.startswith(('xres', 'xse_')) ]
@@ -35,7 +35,7 @@ def plain_xresnet(
     n_out:int=1000, # number of outputs
     batchnorm:bool=True, # with its BatchNorms, or with each folded into its convolution, which has a bias then
     **kwargs # passed on to fastai's `XResNet`, for example `c_in=1`
-) -> nn.Module:
+) -> nn.Module: # with ReLUs
     "fastai's xresnet `arch`; `ValueError` for an unknown name, and for BatchNorms that cannot be folded."
     if arch not in xresnet_names(): raise ValueError(f'arch is {arch!r}: pass one of {", ".join(xresnet_names())}')
     model = getattr(fastai_xresnet, arch)(n_out=n_out, **kwargs)
