@@ -7,7 +7,8 @@ Docs: https://learned-relu.github.io/learned_relu/api/xresnet.html.md"""
 # %% auto #0
 __all__ = ['xresnet_names', 'plain_xresnet', 'learned_xresnet']
 
-# %% ../nbs/api/10_xresnet.ipynb #cc853672
+# %% ../nbs/api/10_xresnet.ipynb #b3e5681c
+from fastai.callback.training import bn_types
 from fastai.layers import ConvLayer
 from fastai.vision.models import xresnet as fastai_xresnet
 from torch import nn
@@ -16,18 +17,16 @@ from torch.nn.utils import fuse_conv_bn_eval
 from .layers import LearnedRelu
 from .patch import patch_relus
 
-# %% ../nbs/api/10_xresnet.ipynb #eee0bab0
+# %% ../nbs/api/10_xresnet.ipynb #f05f4dc2
 def xresnet_names() -> list: # names that `learned_xresnet` accepts
     "The xresnets that fastai can build; its `xsenet154` is left out, because it raises `TypeError` there."
     return [o for o in fastai_xresnet.__all__ if o.startswith(('xres', 'xse_')) ]
 
-_norms = nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d
-
 def _fold_batchnorms(model):
-    for layer in [m for m in model.modules() if isinstance(m, ConvLayer) and len(m) > 1 and isinstance(m[1], _norms)]:
+    for layer in [m for m in model.modules() if isinstance(m, ConvLayer) and len(m) > 1 and isinstance(m[1], bn_types)]:
         layer[0],layer[1] = fuse_conv_bn_eval(layer[0].eval(), layer[1].eval()).train(),nn.Identity()
         layer[0].bias.requires_grad_() # PyTorch makes one that does not learn
-    if any(isinstance(m, _norms) for m in model.modules()): raise ValueError('batchnorm is False, but a BatchNorm comes after its activation: leave bn_1st=False out')
+    if any(isinstance(m, bn_types) for m in model.modules()): raise ValueError('batchnorm is False, but a BatchNorm comes after its activation: leave bn_1st=False out')
     return model
 
 def plain_xresnet(

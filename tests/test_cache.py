@@ -1,5 +1,6 @@
 "Decoded once: the same batches bit by bit, and a file that is whole or not there."
 import errno
+import io
 import os
 import pickle
 import shutil
@@ -154,6 +155,19 @@ def test_a_full_disk_is_refused_in_words(folder, tmp_path, monkeypatch, when):
     assert str(tmp_path) in str(e.value) and ('No space left' in str(e.value) or '0.3 MB free' in str(e.value))
     assert {o.suffix for o in tmp_path.iterdir()} <= {'.lock'}
     monkeypatch.undo()
+    same(decode_images(path, files, mark, tmp_path), files)
+
+
+class Short(io.FileIO):
+    "A file that takes 777 bytes at a time"
+    def write(self, data): return super().write(memoryview(data)[:777])
+
+
+def test_short_writes_are_completed(folder, tmp_path, monkeypatch):
+    path, files, mark = find_images(folder)
+    real = open
+    def short(file, mode): return io.BufferedRandom(Short(file, mode)) if mode == 'r+b' else real(file, mode)
+    monkeypatch.setattr(cache, 'open', short, raising=False)
     same(decode_images(path, files, mark, tmp_path), files)
 
 

@@ -131,5 +131,6 @@ def test_arms_that_cannot_be(arm, words):
 
 
 def test_arm_names_are_documented():
+    assert all(re.fullmatch('[a-z_]+', o) for o in arms)
     prose = ' '.join(o.source for o in read_nb(RECIPES.parents[1]/'nbs/api/31_bench.arms.ipynb').cells if o.cell_type == 'markdown')
     assert [o for o in arms if f'`{o}`' not in prose] == []

@@ -16,8 +16,8 @@ NUMBER = re.compile(r'\d+\.\d+|\d+(?:\.\d+)? ?(?:%|per ?cent|points|times)')
 
 
 def told(outputs):
-    "What of outputs is text for readers; what a busy machine writes to stderr is not"
-    return [''.join(o.get('text', o.get('data', {}).get('text/markdown', ''))) for o in outputs if o.get('name') != 'stderr']
+    "What of outputs is text for readers"
+    return [''.join(o.get('text', o.get('data', {}).get('text/markdown', ''))) for o in outputs]
 
 
 def trains(cell): return cell.cell_type == 'code' and any(o in cell.source for o in ('learn.', 'seen'))

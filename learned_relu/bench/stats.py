@@ -14,7 +14,7 @@ import math
 import numpy as np
 from scipy import stats
 
-# %% ../../nbs/api/34_bench.stats.ipynb #66f0e9c6
+# %% ../../nbs/api/34_bench.stats.ipynb #31b6ca40
 def paired_runs(
     records:list, # records of one recipe
     arm:str, # the arm in question
@@ -28,9 +28,10 @@ def paired(
     records:list, # records of one recipe
     arm:str, # the arm in question
     base:str, # the arm to compare with
-) -> np.ndarray: # differences of final accuracy, fractions, one per seed that both have and that began alike
-    "Differences of final accuracy between two arms, seed by seed."
-    return np.array([a['accuracy'][-1] - b['accuracy'][-1] for a,b in paired_runs(records, arm, base)])
+    of:str='accuracy', # what to compare: 'accuracy' as a fraction, 'valid_loss' or 'train_loss'
+) -> np.ndarray: # differences at the last epoch, one per seed that both have and that began alike
+    "Differences of what two arms end with, seed by seed."
+    return np.array([a[of][-1] - b[of][-1] for a,b in paired_runs(records, arm, base)])
 
 # %% ../../nbs/api/34_bench.stats.ipynb #b1fed59f
 def _alike(diffs): return np.ptp(diffs) < 1e-9
