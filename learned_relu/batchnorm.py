@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cpu_batchnorm import normed_backward, normed_forward, normed_layout, normed_stats
+from .kernels.cpu_batchnorm import normed_backward, normed_forward, normed_layout, normed_stats
 from .functional import batched, channel_shape, learned_relu, learned_relu_gradients, transformed
 from .layers import LearnedRelu
-from .layout import fitted, values_of, with_strides
+from .kernels.layout import fitted, values_of, with_strides
 from .trace import dummy_input, fed_by, places_of
 
 # %% ../nbs/api/03_batchnorm.ipynb #f856a570

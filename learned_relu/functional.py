@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from . import cpu
-from .layout import Layout, fitted, layout_of, values_of, with_strides
+from .kernels import cpu
+from .kernels.layout import Layout, fitted, layout_of, values_of, with_strides
 
 # %% ../nbs/api/00_functional.ipynb #b80cb3e5
 def channel_shape(
@@ -206,7 +206,7 @@ def _kernels_for(x, leak, sub, maxv):
             and x.device == leak.device == sub.device == maxv.device): return None # what is wrong is said elsewhere
     kernels = cpu
     if x.is_cuda or _interpreted:
-        try: from learned_relu import cuda as kernels
+        try: from learned_relu.kernels import triton as kernels
         except ImportError: return None
     if kernels.supports(x): return kernels
 

@@ -69,7 +69,7 @@ def test_only_the_input_is_kept_and_a_gradient_may_lie_otherwise():
 
 
 def test_where_triton_fails_it_is_said_once(monkeypatch):
-    from learned_relu import cuda
+    from learned_relu.kernels import triton as cuda
     def broken(*args, **kwargs): raise RuntimeError('Failed to find C compiler')
     cuda.works.cache_clear()
     monkeypatch.setattr(cuda, 'forward', broken)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from learned_relu import batchnorm, cpu
+from learned_relu import batchnorm
+from learned_relu.kernels import cpu
 from learned_relu.all import (
     BnLearnedRelu,
     ClampActParams,

@@ -13,11 +13,12 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from learned_relu import cpu, functional
+from learned_relu import functional
+from learned_relu.kernels import cpu
 from learned_relu.bench.speed import saved_bytes
 from learned_relu.functional import learned_relu, learned_relu_gradients, learned_relu_reference
 from learned_relu.layers import GeneralRelu, LearnedRelu
-from learned_relu.layout import layout_of
+from learned_relu.kernels.layout import layout_of
 
 pytestmark = pytest.mark.skipif(cpu.kernels() is None, reason='needs Linux and a C++ compiler')
 SLOPES = dict(usual=lambda n: torch.linspace(.05, .3, n), zero=torch.zeros, some=lambda n: torch.arange(n) % 3*.1,

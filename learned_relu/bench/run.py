@@ -29,12 +29,12 @@ from fastai.torch_core import num_distrib, set_seed
 
 import learned_relu
 from .arms import arm_cbs, arm_model
-from .cache import decode_images
+from .images import decode_images
 from .data import find_images, image_dls, mnist_dls, urls
 from .distributed import on_all_processes, use_own_gpu
 from .recipe import Recipe
 from .resume import EpochCheckpoint, random_states, set_random_states
-from ..init import caps_from_data
+from ..caps import caps_from_data
 from ..params import act_layers, act_params, activation_weights
 
 try: import resource

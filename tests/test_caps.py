@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from learned_relu.init import caps_from_data
+from learned_relu.caps import caps_from_data
 from learned_relu.layers import LearnedRelu
 
 

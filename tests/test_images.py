@@ -19,13 +19,13 @@ from fastai.vision.core import PILImage
 from PIL import Image
 from torch import nn
 
-from learned_relu.bench import cache
-from learned_relu.bench.cache import decode_images, loader_share
+from learned_relu.bench import images as cache
+from learned_relu.bench.images import decode_images, loader_share
 from learned_relu.bench.data import find_images, image_dls
 from learned_relu.bench.run import Source
 
 SLOWLY = """import sys, time
-from learned_relu.bench import cache
+from learned_relu.bench import images as cache
 from learned_relu.bench.data import find_images
 write = cache._write
 def late(*args): write(*args); time.sleep(.1)
