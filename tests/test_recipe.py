@@ -89,7 +89,7 @@ def test_a_command_line_goes_before_the_file_and_the_file_before_its_base(tmp_pa
 def test_every_field_changes_the_digest():
     other = dict(data='x', source='160', arch='xresnet34', epochs=2, size=29, bs=3, lr=1.,
                  schedule='flat_cos', opt='ranger', sqrmom=.5, eps=1e-3, wd=0.,
-                 smoothing=.1, mixup=.1, sh=.1, sa=True, sym=True, pool='MaxPool', fp16=True, batchnorm=False)
+                 smoothing=.1, mixup=.1, sh=.1, sa=True, sym=True, pool='MaxPool', fp16=True, batchnorm=False, widen=.5)
     digests = {Recipe(**{k: v}).digest('f') for k, v in other.items()}
     digests |= {Recipe(opt='ranger', beta=1.).digest('f'), Recipe(schedule='flat_cos', mom=.5).digest('f'), Recipe().digest('f')}
     assert set(other) | {'beta', 'mom'} == {o.name for o in fields(Recipe)} and len(digests) == len(other) + 3

@@ -28,7 +28,7 @@ opts = dict(adam=(Adam, 'mom sqr_mom eps'), ranger=(ranger, 'mom sqr_mom eps bet
 pools = dict(AvgPool=AvgPool, MaxPool=MaxPool)
 schedules = 'one_cycle','flat_cos'
 sources = '160','320','full'
-_later = dict(batchnorm=True) # fields that the first records lack, with what they meant there
+_later = dict(batchnorm=True, widen=1.) # fields that the first records lack, with what they meant there
 
 @dataclass(frozen=True)
 class Recipe:
@@ -53,6 +53,7 @@ class Recipe:
     sa:bool=False # self-attention
     sym:bool=False # symmetric self-attention
     pool:str='AvgPool' # of the shortcuts: 'AvgPool' or 'MaxPool'
+    widen:float=1. # channels of the blocks, as a multiple of the usual, in [0.125, 8]
     batchnorm:bool=True # the network's BatchNorms; without, each is folded into its convolution before training
     fp16:bool=False # mixed precision, on a GPU
 
@@ -70,6 +71,7 @@ class Recipe:
             if v < low or high and v > high: raise ValueError(f'{k} is {v!r}: pass a whole number, {low} or more{high and f", up to {high}" or ""}')
         for k in 'mom','sqrmom','smoothing','sh':
             if (v := getattr(self, k)) is not None and not 0 <= v < 1: raise ValueError(f'{k} is {v}: pass a number in [0, 1)')
+        if not .125 <= self.widen <= 8: raise ValueError(f'widen is {self.widen}: pass a number in [0.125, 8]')
         for k in 'wd','mixup','beta':
             if getattr(self, k) < 0: raise ValueError(f'{k} is {getattr(self, k)}: pass 0 or a positive number')
         for k in 'lr','eps':
@@ -94,7 +96,7 @@ class Recipe:
         c_in:int=3, # channels of the images
     ) -> nn.Module:
         "The network with ReLUs."
-        more = dict(sa=self.sa, sym=self.sym, pool=pools[self.pool])
+        more = dict(sa=self.sa, sym=self.sym, pool=pools[self.pool], widen=self.widen)
         return plain_xresnet(self.arch, n_out, self.batchnorm, c_in=c_in, **more)
 
     def opt_func(self): # what a `Learner` takes as `opt_func`
