@@ -10,6 +10,7 @@ __all__ = ['cache_dir', 'whole_file']
 # %% ../nbs/api/00_files.ipynb #5cb3eafa
 import os
 import shutil
+import threading
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -29,7 +30,7 @@ def whole_file(
     path = Path(path)
     left = path.parent.glob(f'{escape(path.name)}.*.tmp') if alone else ()
     for o in left: _remove(o)
-    temp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    temp = path.with_name(f'{path.name}.{os.getpid()}-{threading.get_ident()}.tmp')
     try:
         yield temp
         for o in (temp, *temp.rglob('*')):

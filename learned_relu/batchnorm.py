@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._torch import in_memory, transformed
+from .functional import learned_relu, learned_relu_gradients
 from .kernels.cpu_batchnorm import normed_backward, normed_forward, normed_layout, normed_stats
-from .functional import batched, channel_shape, learned_relu, learned_relu_gradients, transformed
-from .layers import LearnedRelu
+from .kernels.dispatch import chosen
 from .kernels.layout import fitted, values_of, with_strides
+from .layers import LearnedRelu
+from .reference import check_parameters
 from .trace import dummy_input, fed_by, places_of
 
 # %% ../nbs/api/03_batchnorm.ipynb #f856a570
@@ -28,40 +31,57 @@ def _kernel_forward(x, weight, bias, params, running_mean, running_var, training
         running_var.mul_(1 - momentum).add_(var, alpha=momentum*n/(n - 1))
     return normed_forward(x, weight, bias, mean, var, eps, values_of(params, len(mean), x.dtype), lay), mean, var
 
+def _differentiable(ctx, g, x, weight, bias, params, running, again):
+    with torch.enable_grad():
+        # views, so that no path beyond them is counted here
+        own = [o if o is None else o.view_as(o) for o in (x, weight, bias, *params)]
+        h = F.batch_norm(own[0], *running, *own[1:3], ctx.training, 0., ctx.eps)
+        y = learned_relu(h, *own[3:])
+    wanted = [o for o,n in zip(own, ctx.needs_input_grad) if n]
+    grads = iter(torch.autograd.grad(y, wanted, g, create_graph=again))
+    return [next(grads) if n else None for n in ctx.needs_input_grad[:6]]
+
+def _by_operations(ctx, g, x, weight, bias, params, running, mean, spread):
+    training,eps = ctx.training,ctx.eps
+    # the dtype of the running statistics decides the rounding
+    own = (torch.zeros_like(mean), torch.ones_like(mean)) if training and ctx.tracked else running
+    h = torch.native_batch_norm(x, weight, bias, *own, training, 0., eps)[0]
+    dh,*dparams = learned_relu_gradients(g, h, *params)
+    del h
+    wanted = [n and o is not None for n,o in zip(ctx.needs_input_grad, (x, weight, bias))]
+    backward = torch.ops.aten.native_batch_norm_backward
+    return *backward(dh, x, weight, *running, mean, spread, training, eps, wanted), *dparams
+
 class _BnLearnedRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, leak, sub, maxv, running_mean, running_var, training, momentum, eps, lay):
-        params = leak,sub,maxv
-        if lay: y,mean,spread = _kernel_forward(x, weight, bias, params, running_mean, running_var, training, momentum, eps, lay)
+        params,running = (leak, sub, maxv),(running_mean, running_var)
+        if lay:
+            y,mean,spread = _kernel_forward(x, weight, bias, params, *running, training, momentum, eps, lay)
         else:
-            h,mean,spread = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+            h,mean,spread = torch.native_batch_norm(x, weight, bias, *running, training, momentum, eps)
             y = learned_relu(h, *params)
-        running = (None, None) if training else (running_mean, running_var)
-        ctx.save_for_backward(x, weight, bias, *params, *running, mean, spread) # variance for the kernels, its inverse root for PyTorch
-        ctx.training,ctx.eps,ctx.tracked,ctx.lay,ctx.strides = training,eps,running_mean is not None,lay,x.stride()
+        # spread: the variance for the kernels, its inverse root for PyTorch
+        ctx.save_for_backward(x, weight, bias, *params, *((None, None) if training else running), mean, spread)
+        ctx.training,ctx.eps,ctx.tracked = training,eps,running_mean is not None
+        ctx.lay,ctx.strides = lay,x.stride()
         return y
 
     @staticmethod
     def backward(ctx, g):
-        x,weight,bias,*params,running_mean,running_var,mean,spread = ctx.saved_tensors
-        if (again := torch.is_grad_enabled()) or batched(g):
-            with torch.enable_grad():
-                own = [o if o is None else o.view_as(o) for o in (x, weight, bias, *params)] # so that no path beyond them is counted here
-                y = learned_relu(F.batch_norm(own[0], running_mean, running_var, *own[1:3], ctx.training, 0., ctx.eps), *own[3:])
-            grads = iter(torch.autograd.grad(y, [o for o,n in zip(own, ctx.needs_input_grad) if n], g, create_graph=again))
-            return *(next(grads) if n else None for n in ctx.needs_input_grad[:6]), *[None]*6
-        if ctx.lay:
+        again,given = torch.is_grad_enabled(),(g, *ctx.saved_tensors)
+        memory = None if again or transformed() else in_memory(*given)
+        g,x,weight,bias,*params,running_mean,running_var,mean,spread = memory or given
+        running = running_mean,running_var
+        if not memory: grads = _differentiable(ctx, g, x, weight, bias, params, running, again)
+        elif not ctx.lay: grads = _by_operations(ctx, g, x, weight, bias, params, running, mean, spread)
+        else:
             x,values = with_strides(x, ctx.strides),values_of(params, len(mean), x.dtype)
-            dx,dweight,dbias,*grads = normed_backward(g, x, weight, bias, mean, spread, ctx.eps, values, ctx.lay, ctx.training)
-            return dx, dweight if weight is not None else None, dbias if bias is not None else None, *map(fitted, grads, params), *[None]*6
-        running = (torch.zeros_like(mean), torch.ones_like(mean)) if ctx.training and ctx.tracked else (running_mean, running_var) # their dtype decides the rounding
-        h = torch.native_batch_norm(x, weight, bias, *running, ctx.training, 0., ctx.eps)[0]
-        dh,*dparams = learned_relu_gradients(g, h, *params)
-        del h
-        wanted = [n and o is not None for n,o in zip(ctx.needs_input_grad, (x, weight, bias))]
-        grads = torch.ops.aten.native_batch_norm_backward(dh, x, weight, running_mean, running_var, mean, spread, ctx.training, ctx.eps, wanted)
-        return *(o if n else None for o,n in zip((*grads, *dparams), ctx.needs_input_grad)), *[None]*6
+            dx,dw,db,*grads = normed_backward(g, x, weight, bias, mean, spread, ctx.eps, values, ctx.lay, ctx.training)
+            grads = dx, None if weight is None else dw, None if bias is None else db, *map(fitted, grads, params)
+        return *(o if n else None for o,n in zip(grads, ctx.needs_input_grad)), *[None]*6
 
+# %% ../nbs/api/03_batchnorm.ipynb #f856a571
 def bn_learned_relu(
     x:Tensor, # activations, `(batch, channels, *)`, floating point; never modified
     running_mean:Tensor, # `(channels,)`, updated in place in training; None for none
@@ -77,14 +97,21 @@ def bn_learned_relu(
 ) -> Tensor: # shape, dtype and memory format of `x`
     "`learned_relu` of `F.batch_norm`, which keeps its input and the statistics alone; raises as these two do."
     for k,v in dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias).items():
-        if v is not None and v.shape != x.shape[1:2]: raise ValueError(f'{k} has shape {tuple(v.shape)}, but x has {x.shape[1]} channels (shape {tuple(x.shape)})')
-    if training and x.numel() == x.shape[1]: raise ValueError(f'x has shape {tuple(x.shape)}, one value per channel: training needs more to normalise by')
-    if not training and running_mean is None: raise ValueError('running_mean is None: pass running statistics, or training=True')
+        if v is not None and v.shape != x.shape[1:2]:
+            raise ValueError(f'{k} has shape {tuple(v.shape)}, but x has {x.shape[1]} channels (shape {tuple(x.shape)})')
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f'x has shape {tuple(x.shape)}, one value per channel: training needs more to normalise by')
+    if not training and running_mean is None:
+        raise ValueError('running_mean is None: pass running statistics, or training=True')
     params,running,how = (leak, sub, maxv),(running_mean, running_var),(training, momentum, eps)
     def apart(): return learned_relu(F.batch_norm(x, *running, weight, bias, *how), *params)
     if transformed() or x.numel() == 0: return apart()
-    for k,p in dict(leak=leak, sub=sub, maxv=maxv).items(): channel_shape(x, p, 1, k)
-    lay = normed_layout(x, *running, weight, bias) if all(p.device == x.device for p in params) else None
+    check_parameters(x, *params, 1)
+    name,memory = chosen(),in_memory(x, *running, weight, bias, *params)
+    if name == 'reference' or not memory: return apart()
+    if any(a is not b for a,b in zip(memory[1:3], running)): return apart() # they are updated in place
+    x,_,_,weight,bias,*params = memory
+    lay = None if name == 'eager' else normed_layout(x, *running, weight, bias)
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, weight, bias, *params)):
         return _BnLearnedRelu.apply(x, weight, bias, *params, *running, *how, lay)
     return _kernel_forward(x, weight, bias, params, *running, *how, lay)[0] if lay else apart()

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from .act_layer import ActLayer, starting_value
-from .functional import learned_relu, lined_up
+from .functional import learned_relu
+from .reference import lined_up
 from .surrogate import leaky_grad_relu, learned_clip, learned_threshold, symmetric_clip
 
 # %% ../nbs/api/02_layers.ipynb #99262960

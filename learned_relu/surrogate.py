@@ -11,7 +11,7 @@ __all__ = ['surrogate_gradient', 'leaky_grad_relu', 'edge_window', 'learned_clip
 import torch
 from torch import Tensor
 
-from .functional import channel_shape, check_input, lined_up, param_grad
+from .reference import channel_shape, check_input, lined_up, param_grad
 
 # %% ../nbs/api/01_surrogate.ipynb #40712187
 def _applied(function, *args):

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from learned_relu import batchnorm
-from learned_relu.kernels import cpu
+from learned_relu.kernels import build
 from learned_relu.all import (
     BnLearnedRelu,
     ClampActParams,
@@ -36,7 +36,7 @@ from learned_relu.all import (
 def form(request, monkeypatch):
     "Where there is a kernel, by it and without"
     if request.param == 'operations': monkeypatch.setattr(batchnorm, 'normed_layout', lambda *args: None)
-    elif cpu.kernels() is None: pytest.skip('needs Linux and a C++ compiler')
+    elif build.kernels() is None: pytest.skip('needs Linux and a C++ compiler')
 
 
 def arguments(n=3, dtype=torch.float64, last=False):
@@ -109,7 +109,7 @@ def test_the_same_value_is_computed_again(monkeypatch, dtype, affine, track):
 SHAPES = [(300, 5), (7, 20), (5, 3, 70), (4, 9, 8, 9), (3, 20, 3, 3), (2, 3, 40, 30), (6, 1, 9, 9), (2, 3, 4, 5, 6), (40, 3000)]
 
 
-@pytest.mark.skipif(cpu.kernels() is None, reason='needs Linux and a C++ compiler')
+@pytest.mark.skipif(build.kernels() is None, reason='needs Linux and a C++ compiler')
 @pytest.mark.parametrize('scalar', [False, True])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('affine', [True, False])
@@ -183,7 +183,7 @@ def test_saved_tensors_that_come_back_in_another_layout():
     for a, b in zip(got, want, strict=True): assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(cpu.kernels() is None, reason='needs Linux and a C++ compiler')  # PyTorch rounds more, channels last
+@pytest.mark.skipif(build.kernels() is None, reason='needs Linux and a C++ compiler')  # PyTorch rounds more, channels last
 @pytest.mark.parametrize('eps', [0., 1e-5])
 @pytest.mark.parametrize('last', [False, True])
 def test_what_does_not_vary(last, eps):

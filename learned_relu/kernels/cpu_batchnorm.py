@@ -11,20 +11,23 @@ __all__ = ['normed_layout', 'normed_stats', 'normed_forward', 'normed_backward']
 import torch
 from torch import Tensor
 
-from .cpu import SHORT, kernels, supports
+from .build import pointer, run, supported
+from .cpu import SHORT
 from .layout import Layout, layout_of
 
 # %% ../../nbs/api/00_kernels.cpu_batchnorm.ipynb #ba09d424
-def _pointers(*ts): return [None if t is None else t.data_ptr() for t in ts]
-
 def normed_layout(
-    x:Tensor, # input of the BatchNorm, `(batch, channels, *)`
-    *others:Tensor, # its parameters and statistics, `(channels,)` or None
+    x:Tensor, # input of the BatchNorm, `(batch, channels, *)`, ordinary memory
+    *others:Tensor, # its parameters and statistics, `(channels,)`, on its device, or None
 ) -> Layout|None: # None unless there are kernels for the dtype, everything has it, and `x` is contiguous or channels last
     "The layout of `x` if the kernels can take it."
-    if not supports(x) or 'norm_forward' not in kernels().of[x.dtype]: return None
-    if any(o is not None and (o.dtype != x.dtype or o.device != x.device or not o.is_contiguous()) for o in others): return None
+    if not x.is_cpu or x.numel() == 0 or not supported(x.dtype, 'norm_forward'): return None
+    if any(o is not None and (o.dtype != x.dtype or not o.is_contiguous()) for o in others): return None
     return layout_of(x, 1, x.shape[1], SHORT)
+
+def _run(name, x, lay, **fields):
+    given = {k: v if isinstance(v, (bool, float)) else pointer(v) for k,v in fields.items()}
+    run(name, x.dtype, x=pointer(x), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat, **given)
 
 # %% ../../nbs/api/00_kernels.cpu_batchnorm.ipynb #22355a65
 def normed_stats(
@@ -33,7 +36,7 @@ def normed_stats(
 ) -> tuple: # mean and biased variance, each `(channels,)`
     "What `x` is normalised by in training."
     mean,var = x.new_empty(x.shape[1]),x.new_empty(x.shape[1])
-    kernels().of[x.dtype]['norm_stats'](*_pointers(x, mean, var), x.numel(), *lay[1:])
+    _run('norm_stats', x, lay, mean=mean, var=var)
     return mean, var
 
 # %% ../../nbs/api/00_kernels.cpu_batchnorm.ipynb #d6e2400e
@@ -49,7 +52,9 @@ def normed_forward(
 ) -> Tensor: # like `x`
     "The curve of the normalised input."
     y = torch.empty_like(x)
-    kernels().of[x.dtype]['norm_forward'](*_pointers(x, y, weight, bias, mean, var), eps, *_pointers(*values), x.numel(), *lay[1:])
+    leak,sub,maxv = values
+    _run('norm_forward', x, lay, y=y, weight=weight, bias=bias, mean=mean, var=var, eps=float(eps),
+         leak=leak, sub=sub, maxv=maxv)
     return y
 
 def normed_backward(
@@ -66,6 +71,10 @@ def normed_backward(
 ) -> tuple: # gradients of the input, weight, bias, leak, sub and maxv
     "All six gradients."
     if g.stride() != x.stride() or g.dtype != x.dtype: g = torch.empty_like(x).copy_(g)
-    dx,*grads = torch.empty_like(x),*(mean.new_empty(mean.shape) for _ in range(5))
-    kernels().of[x.dtype]['norm_backward'](*_pointers(g, x, dx, *grads, weight, bias, mean, var), eps, training, *_pointers(*values), x.numel(), *lay[1:])
-    return dx, *grads
+    leak,sub,maxv = values
+    names = 'dweight', 'dbias', 'dleak', 'dsub', 'dmaxv'
+    grads = {k: mean.new_empty(mean.shape) for k in names}
+    dx = torch.empty_like(x)
+    _run('norm_backward', x, lay, g=g, dx=dx, weight=weight, bias=bias, mean=mean, var=var, eps=float(eps),
+         leak=leak, sub=sub, maxv=maxv, training=training, **grads)
+    return dx, *grads.values()
