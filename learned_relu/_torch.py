@@ -26,32 +26,30 @@ def transformed() -> bool: # True under torch.compile, export, tracing, torch.fu
 
 # %% ../nbs/api/00_torch.ipynb #c01d6778
 _keys = getattr(torch._C, '_dispatch_keys', None)
-_ordinary = set() # keys that were found to be those of ordinary memory
+_on_cpu = set() # keys that were found to be those of ordinary memory of the CPU
 
 @functools.cache
-def _ordinary_on(device_type):
+def _ordinary(device_type):
     with torch.inference_mode(): frozen = torch.empty(0, device=device_type)
-    with torch.inference_mode(False): return {_keys(o).raw_repr() for o in (frozen, torch.empty(0, device=device_type))}
+    with torch.inference_mode(False): usual = torch.empty(0, device=device_type)
+    return {_keys(o).raw_repr() for o in (frozen, usual)}
 
-def _is_memory(t):
-    keys = _keys(t).raw_repr()
-    if keys in _ordinary: return True
-    if _modes() or keys not in _ordinary_on(t.device.type): return False
-    _ordinary.add(keys)
-    return True
+def _looked_at(tensors):
+    if _keys is None or _modes is None or _modes(): return None
+    if not all(isinstance(t, Tensor) for t in tensors if t is not None): return None
+    tensors = tuple(t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors)
+    given = [t for t in tensors if t is not None]
+    if len({t.device for t in given}) > 1: return None
+    if any(_keys(t).raw_repr() not in _ordinary(t.device.type) for t in given): return None
+    _on_cpu.update(_ordinary('cpu'))
+    return tensors
 
 def in_memory(
     *tensors:Tensor, # any tensors, or None, which stays
-) -> tuple: # the tensors, lazy negations carried out; None if one of them is no ordinary memory, or on another device
+) -> tuple: # the tensors, lazy negations carried out; None if one is no ordinary memory, or on another device
     "The one gate before native code: tensors that may be read where they say they are."
-    if _keys is None or _modes is None: return None
-    device = None
-    for i,t in enumerate(tensors):
-        if t is None: continue
-        if not isinstance(t, Tensor): return None
-        if not _is_memory(t):
-            if not t.is_neg(): return None
-            return in_memory(*tensors[:i], t.resolve_neg(), *tensors[i+1:])
-        if device is None: device = t.device
-        elif t.device != device: return None
+    try:
+        for t in tensors:
+            if t is not None and _keys(t).raw_repr() not in _on_cpu: return _looked_at(tensors)
+    except TypeError: return _looked_at(tensors) # no tensor, or no such question
     return tensors

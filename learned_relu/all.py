@@ -32,6 +32,7 @@ from learned_relu.learner import *
 from learned_relu.params import *
 from learned_relu.patch import *
 from learned_relu.plot import *
+from learned_relu.reference import *
 from learned_relu.surrogate import *
 from learned_relu.trace import *
 from learned_relu.xresnet import *

@@ -1,0 +1,48 @@
+"The kernels over shapes, layouts, dtypes and slopes, for `test_sanitizers.py`: whatever they read or write beside their tensors ends the process."
+import sys
+
+import torch
+from test_cpu import DTYPES, SHAPES, SLOPES, inputs
+
+from learned_relu.batchnorm import bn_learned_relu
+from learned_relu.functional import learned_relu
+from learned_relu.kernels import build
+
+MORE = [((1, 1), 1), ((2, 8, 8, 8), 1), ((2, 7, 65), 1), ((33, 2100), 1), ((3, 4100), 0), ((70, 16, 2, 2), 1)]
+
+
+def curve_cases():
+    for shape, dim in SHAPES + MORE:
+        for dtype in DTYPES:
+            for slope in SLOPES:
+                for last in (False, True) if len(shape) == 4 and dim == 1 else (False,):
+                    for num in 1, shape[dim]:
+                        x, *ps = inputs(shape, dim, num, slope, last, dtype)
+                        y = learned_relu(x, *ps, dim, impl='kernel')
+                        torch.autograd.grad(y, [x, *ps], torch.randn_like(x))
+                        with torch.no_grad(): learned_relu(x, *ps, dim, impl='kernel')
+                        yield
+
+
+def batchnorm_cases():
+    for shape in [s for s, dim in SHAPES + MORE if dim == 1 and len(s) > 1 and s[0]*s[-1] > 1]:
+        for dtype in torch.float32, torch.float64:
+            for last in (False, True) if len(shape) == 4 else (False,):
+                for training in True, False:
+                    x, *ps = inputs(shape, 1, shape[1], 'some', last, dtype)
+                    stats = torch.zeros(shape[1], dtype=dtype), torch.ones(shape[1], dtype=dtype)
+                    weight = [torch.rand(shape[1], dtype=dtype, requires_grad=True) for _ in range(2)]
+                    y = bn_learned_relu(x, *stats, *weight, *ps, training=training)
+                    torch.autograd.grad(y, [x, *weight, *ps], torch.randn_like(x))
+                    yield
+
+
+if __name__ == '__main__':
+    flags = [o for o in build._flags() if o != '-O3']
+    build._flags = lambda: [*flags, '-O1']  # with judges in every line -O3 takes minutes
+    assert build.kernels() is not None
+    if sys.argv[1:] == ['break']:  # what the test must notice: one element too few
+        x, ps = torch.randn(40, 8), [torch.ones(8) for _ in range(3)]
+        at = {k: p.data_ptr() for k, p in zip(('leak', 'sub', 'maxv'), ps, strict=True)}
+        build.run('forward', x.dtype, x=x.data_ptr(), y=torch.empty(39*8).data_ptr(), numel=320, channels=8, inner=1, repeat=1, **at)
+    print(sum(1 for cases in (curve_cases, batchnorm_cases) for _ in cases()), 'cases')
