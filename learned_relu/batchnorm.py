@@ -98,7 +98,8 @@ def bn_learned_relu(
     "`learned_relu` of `F.batch_norm`, which keeps its input and the statistics alone; raises as these two do."
     for k,v in dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias).items():
         if v is not None and v.shape != x.shape[1:2]:
-            raise ValueError(f'{k} has shape {tuple(v.shape)}, but x has {x.shape[1]} channels (shape {tuple(x.shape)})')
+            raise ValueError(f'{k} has shape {tuple(v.shape)}, but x has {x.shape[1]} channels '
+                             f'(shape {tuple(x.shape)})')
     if training and x.numel() == x.shape[1]:
         raise ValueError(f'x has shape {tuple(x.shape)}, one value per channel: training needs more to normalise by')
     if not training and running_mean is None:
@@ -127,15 +128,21 @@ class _Deferred:
         self._called = True
         return x
 
-class DeferredBatchNorm1d(_Deferred, nn.BatchNorm1d): "BatchNorm whose normalising is left to the `BnLearnedRelu` that follows."
-class DeferredBatchNorm2d(_Deferred, nn.BatchNorm2d): "BatchNorm whose normalising is left to the `BnLearnedRelu` that follows."
-class DeferredBatchNorm3d(_Deferred, nn.BatchNorm3d): "BatchNorm whose normalising is left to the `BnLearnedRelu` that follows."
+class DeferredBatchNorm1d(_Deferred, nn.BatchNorm1d):
+    "BatchNorm whose normalising is left to the `BnLearnedRelu` that follows."
 
-_deferred = {nn.BatchNorm1d: DeferredBatchNorm1d, nn.BatchNorm2d: DeferredBatchNorm2d, nn.BatchNorm3d: DeferredBatchNorm3d}
+class DeferredBatchNorm2d(_Deferred, nn.BatchNorm2d):
+    "BatchNorm whose normalising is left to the `BnLearnedRelu` that follows."
+
+class DeferredBatchNorm3d(_Deferred, nn.BatchNorm3d):
+    "BatchNorm whose normalising is left to the `BnLearnedRelu` that follows."
+
+_deferred = {nn.BatchNorm1d: DeferredBatchNorm1d, nn.BatchNorm2d: DeferredBatchNorm2d,
+             nn.BatchNorm3d: DeferredBatchNorm3d}
 
 def can_defer(
     bn:nn.Module, # any module
-) -> bool: # True for `nn.BatchNorm1d`, `2d` and `3d`; a subclass (SyncBatchNorm, a lazy one) computes something of its own
+) -> bool: # True for `nn.BatchNorm1d`, `2d` and `3d`; a subclass (SyncBatchNorm, a lazy one) has something of its own
     "Whether the work of `bn` can be left to the activation after it."
     return type(bn) in _deferred
 
@@ -145,11 +152,12 @@ class BnLearnedRelu(LearnedRelu):
     def forward(self,
         x:Tensor, # activations before BatchNorm, `(batch, channels, *)`, floating point
     ) -> Tensor: # shape, dtype and memory format of `x`
-        "The curve at the normalised `x`; raises `RuntimeError` where the BatchNorm before it is not the one it was joined with."
+        "The curve at the normalised `x`; `RuntimeError` where the BatchNorm before it is not the one it began with."
         bn, = self._bn
         if not bn._called:
-            raise RuntimeError('The BatchNorm that this activation was fused with was not called before it: it was replaced or copied, as nn.DataParallel and '
-                               'convert_sync_batchnorm do. Call unfuse_batchnorms(model) first')
+            raise RuntimeError('The BatchNorm that this activation was fused with was not called before it: it was '
+                               'replaced or copied, as nn.DataParallel and convert_sync_batchnorm do. '
+                               'Call unfuse_batchnorms(model) first')
         bn._called = False
         momentum = bn.momentum or 0.
         if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
@@ -157,7 +165,9 @@ class BnLearnedRelu(LearnedRelu):
             if bn.momentum is None: momentum = 1/bn.num_batches_tracked.item()
         running = (bn.running_mean, bn.running_var) if not bn.training or bn.track_running_stats else (None, None)
         values = {k: self.current(k) for k in self.kinds}
-        return bn_learned_relu(x, *running, bn.weight, bn.bias, **values, training=bn.training or bn.running_mean is None, momentum=momentum, eps=bn.eps)
+        training = bn.training or bn.running_mean is None
+        return bn_learned_relu(x, *running, bn.weight, bn.bias, **values, training=training, momentum=momentum,
+                               eps=bn.eps)
 
     def extra_repr(self): return f'{super().extra_repr()}, after {type(self._bn[0]).__name__}'
 
@@ -169,10 +179,12 @@ def fuse_bn(
     bn:nn.Module, # BatchNorm, changed in place
     act:LearnedRelu, # what its output goes into, and nothing else; changed in place
 ):
-    "Let `act` do the work of `bn`; raises `TypeError` unless these are PyTorch's own BatchNorm and a `LearnedRelu` along dimension 1."
+    "Let `act` do the work of `bn`; `TypeError` unless these are PyTorch's BatchNorm and a `LearnedRelu` of dimension 1."
     if not can_defer(bn): raise TypeError(f'{type(bn).__name__} cannot be fused: pass an nn.BatchNorm1d, 2d or 3d')
-    if type(act) is not LearnedRelu or act.channel_dim != 1: raise TypeError(f'{act} cannot take over a BatchNorm: pass a LearnedRelu with channel_dim=1')
-    _become(bn, _deferred[type(bn)]); _become(act, BnLearnedRelu)
+    if type(act) is not LearnedRelu or act.channel_dim != 1:
+        raise TypeError(f'{act} cannot take over a BatchNorm: pass a LearnedRelu with channel_dim=1')
+    _become(bn, _deferred[type(bn)])
+    _become(act, BnLearnedRelu)
     act._bn = (bn,) # in a tuple: it is a submodule of the model, not of this layer
 
 # %% ../nbs/api/03_batchnorm.ipynb #fc4b9098
@@ -183,9 +195,12 @@ def norms_before(
 ) -> dict: # activation -> BatchNorm
     "Which of `acts` a BatchNorm feeds, and nothing else; `ValueError` where there is none."
     norms = [m for m in model.modules() if can_defer(m)]
-    pairs = fed_by(model, norms, list(acts), dummy_input(model) if sample is None else sample) if norms and acts else {}
-    if not pairs: raise ValueError(f'There is nothing to fuse: {type(model).__name__} has {len(norms)} BatchNorms of the kinds that can be fused '
-                                   f'and {len(acts)} activations that could take one over, none of which is fed by one directly and alone')
+    pairs = {}
+    if norms and acts: pairs = fed_by(model, norms, list(acts), dummy_input(model) if sample is None else sample)
+    if not pairs:
+        raise ValueError(f'There is nothing to fuse: {type(model).__name__} has {len(norms)} BatchNorms of the kinds '
+                         f'that can be fused and {len(acts)} activations that could take one over, none of which is fed by '
+                         'one directly and alone')
     return pairs
 
 def fuse_batchnorms(

@@ -10,9 +10,7 @@ __all__ = ['learned_relu', 'learned_relu_gradients']
 # %% ../nbs/api/00_functional.ipynb #fbda0a2f
 from torch import Tensor
 
-from ._torch import transformed
 from .kernels.dispatch import curve, curve_gradients
-from .reference import check_input, check_parameters, learned_relu_reference
 
 # %% ../nbs/api/00_functional.ipynb #fc6a7192
 def learned_relu(
@@ -23,11 +21,8 @@ def learned_relu(
     channel_dim:int=1, # dimension of `x` that per-channel parameters run along; negative counts from the end
     impl:str=None, # 'reference', 'eager' (tensor operations) or 'kernel'; None for the fastest that `x` allows
 ) -> Tensor: # shape, dtype, device and memory format of `x`
-    """`min(leaky(x, leak) - sub, maxv)` with exact gradients for all four; `TypeError` for other than floats, `ValueError`
-    for wrong counts or an `impl` that cannot take `x`."""
-    if impl is None and transformed(): return learned_relu_reference(x, leak, sub, maxv, channel_dim)
-    check_input(x)
-    check_parameters(x, leak, sub, maxv, channel_dim)
+    """`min(leaky(x, leak) - sub, maxv)` with exact gradients for all four; `TypeError` for other than floats,
+    `ValueError` for wrong counts or an `impl` that cannot take `x`."""
     return curve(x, (leak, sub, maxv), channel_dim, impl)
 
 # %% ../nbs/api/00_functional.ipynb #e7e4412b
@@ -40,8 +35,4 @@ def learned_relu_gradients(
     channel_dim:int=1, # dimension of `x` that per-channel parameters run along
 ) -> tuple: # gradients of `x`, leak, sub and maxv, each in the shape and dtype of its own
     "Gradients of `learned_relu` from its input, not differentiable themselves; raises as `learned_relu` does."
-    check_input(x)
-    if g.shape != x.shape:
-        raise ValueError(f'g has shape {tuple(g.shape)}, but x {tuple(x.shape)}: pass the gradient of the output')
-    check_parameters(x, leak, sub, maxv, channel_dim)
     return curve_gradients(g, x, (leak, sub, maxv), channel_dim)

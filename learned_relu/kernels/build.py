@@ -77,14 +77,18 @@ def compiled(
 def _loaded(path):
     lib = ctypes.CDLL(str(path))
     kinds = 'lost', 'forward', 'backward', 'norm_stats', 'norm_forward', 'norm_backward'
-    lib.of = {dtype: {k: lib[f'{k}_{name}'] for k in kinds if hasattr(lib, f'{k}_{name}')} for dtype,name in _names.items()}
-    for f in (f for functions in lib.of.values() for f in functions.values()):
-        f.argtypes,f.restype = [ctypes.POINTER(Call)],ctypes.c_int64
+    lib.of = {}
+    for dtype,name in _names.items():
+        lib.of[dtype] = {k: lib[f'{k}_{name}'] for k in kinds if hasattr(lib, f'{k}_{name}')}
+        for f in lib.of[dtype].values():
+            f.argtypes = [ctypes.POINTER(Call)]
+            f.restype = ctypes.c_int64
     return lib
 
 # %% ../../nbs/api/00_kernels.build.ipynb #98db5445
-_slow = 'learned_relu runs on tensor operations, several times slower on a CPU, because {}. CXX names another compiler, ' \
-        'XDG_CACHE_HOME another directory to keep the library in'
+_slow = 'learned_relu runs on tensor operations, several times slower on a CPU, because {}. ' \
+        'CXX names another compiler, XDG_CACHE_HOME another directory to keep the library in'
+_single = 'the kernels of learned_relu run on one thread, since they do not find the OpenMP of PyTorch: {}'
 
 @functools.cache
 def kernels() -> ctypes.CDLL|None: # None where nothing could be compiled, which is said once
@@ -99,9 +103,7 @@ def kernels() -> ctypes.CDLL|None: # None where nothing could be compiled, which
         except (OSError, RuntimeError, subprocess.SubprocessError) as e:
             why = f'{compiler} failed: {getattr(e, "stderr", None) or e}'
             continue
-        if not openmp:
-            warnings.warn('the kernels of learned_relu run on one thread, since they do not find the OpenMP of PyTorch: '
-                          f'{why}', stacklevel=2)
+        if not openmp: warnings.warn(_single.format(why), stacklevel=2)
         return lib
     warnings.warn(_slow.format(why), stacklevel=2)
 

@@ -138,7 +138,8 @@ def found(
     y,bits,kept = _as_they_were(y, bits, kept, plan)
     leak,sub,maxv = lines
     above = positive(bits, y, plan.lay)
-    negative = torch.where(above, 0, (y + sub)/torch.where(leak < 2**-10, 1, leak)) # elsewhere it is kept, or nobody asks
+    slope = torch.where(leak < 2**-10, 1, leak) # there it is kept, or nobody asks
+    negative = torch.where(above, 0, (y + sub)/slope)
     if kept is not None: negative = _with_kept(negative, kept.clamp(torch.finfo(kept.dtype).min, 0), plan)
     return above, y >= maxv, negative
 

@@ -19,7 +19,7 @@ from .layout import Layout, layout_of
 def normed_layout(
     x:Tensor, # input of the BatchNorm, `(batch, channels, *)`, ordinary memory
     *others:Tensor, # its parameters and statistics, `(channels,)`, on its device, or None
-) -> Layout|None: # None unless there are kernels for the dtype, everything has it, and `x` is contiguous or channels last
+) -> Layout|None: # None unless there are kernels for the dtype, all have it, and `x` is contiguous or channels last
     "The layout of `x` if the kernels can take it."
     if not x.is_cpu or x.numel() == 0 or not supported(x.dtype, 'norm_forward'): return None
     if any(o is not None and (o.dtype != x.dtype or not o.is_contiguous()) for o in others): return None
@@ -27,7 +27,8 @@ def normed_layout(
 
 def _run(name, x, lay, **fields):
     given = {k: v if isinstance(v, (bool, float)) else pointer(v) for k,v in fields.items()}
-    run(name, x.dtype, x=pointer(x), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat, **given)
+    run(name, x.dtype, x=pointer(x), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat,
+        **given)
 
 # %% ../../nbs/api/00_kernels.cpu_batchnorm.ipynb #22355a65
 def normed_stats(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .._torch import in_memory, transformed
 from . import cpu, eager
-from ..reference import gradients, learned_relu_reference, lined_up, negative_part, shifted
+from ..reference import (
+    check_input, check_parameters, gradients, learned_relu_reference, lined_up, negative_part, shifted)
 
 # %% ../../nbs/api/00_kernels.dispatch.ipynb #32cd2a8b
 class Backend(Protocol):
@@ -54,7 +55,7 @@ class Backend(Protocol):
         kept:Tensor, # as `keep` returned it
         plan:Any, # as `keep` returned it
         need:tuple, # which of the gradients are wanted
-    ) -> tuple: # gradients of input, leak, sub and maxv, each in the shape and dtype of its own; what is not wanted may be None
+    ) -> tuple: # gradients of input, leak, sub and maxv, in shapes and dtypes of their own; None for what nobody wants
         "All the gradients."
 
 # %% ../../nbs/api/00_kernels.dispatch.ipynb #e280bd7a
@@ -74,7 +75,7 @@ def _checked(name):
 def impl(
     name:str, # 'reference', 'eager' or 'kernel', as in `learned_relu`; None for the fastest that an input allows
 ) -> Iterator:
-    "Context in which every curve is computed in this form, unless its call says otherwise; `ValueError` for another name."
+    "Context in which curves are computed in this form, unless a call says otherwise; `ValueError` for another name."
     token = _chosen.set(_checked(name))
     try: yield
     finally: _chosen.reset(token)
@@ -87,14 +88,15 @@ def _native(x):
     except ImportError: return None
     return triton
 
+_none = 'There is no kernel for {}: pass a tensor that is contiguous or channels last and not empty, on a GPU with ' \
+        'Triton, or float32, float64 or bfloat16 on a CPU with a C++ compiler, and parameters on its device'
+
 def _planned(x, params, channel_dim, name):
     backends = dict(kernel=[_native(x)], eager=[eager]).get(name, [_native(x), eager])
     for backend in filter(None, backends):
         plan = backend.plan(x, params, channel_dim)
         if plan is not None: return backend, plan
-    raise ValueError(f'There is no kernel for {x.dtype} on {x.device} with shape {tuple(x.shape)} and strides {x.stride()}: '
-                     'pass a tensor that is contiguous or channels last and not empty, on a GPU with Triton, or float32, '
-                     'float64 or bfloat16 on a CPU with a C++ compiler')
+    raise ValueError(_none.format(f'{x.dtype} on {x.device} with shape {tuple(x.shape)} and strides {x.stride()}'))
 
 # %% ../../nbs/api/00_kernels.dispatch.ipynb #c00fed5f
 class _How(NamedTuple):
@@ -139,32 +141,41 @@ def _by_backend(x, params, channel_dim, name):
 
 # %% ../../nbs/api/00_kernels.dispatch.ipynb #5a00b96f
 def curve(
-    x:Tensor, # input, floating point
-    params:tuple, # leak, sub and maxv, which go with `x`
+    x:Tensor, # input
+    params:tuple, # leak, sub and maxv
     channel_dim:int, # dimension of `x` that per-channel values run along
     name:str=None, # 'reference', 'eager' or 'kernel'; None for what was chosen, or else the fastest that `x` allows
 ) -> Tensor: # shape, dtype, device and memory format of `x`
-    "The curve by the backend that is asked for or that can; `ValueError` for a name that is none, or a kernel that cannot."
+    "The curve by the backend that is asked for or that can; raises as `learned_relu` does."
+    watched = name is None and transformed()
     name = chosen() if name is None else _checked(name)
-    if name == 'reference': return learned_relu_reference(x, *params, channel_dim)
-    memory = in_memory(x, *params)
-    if memory: return _by_backend(memory[0], memory[1:], channel_dim, name)
-    if name == 'kernel': raise ValueError(f'There is no kernel for {type(x).__name__} with parameters of '
-                                          f'{type(params[0]).__name__}: pass tensors with memory of their own on one device')
-    return learned_relu_reference(x, *params, channel_dim)
+    memory = None if watched or name == 'reference' else in_memory(x, *params)
+    if memory is None:
+        y = learned_relu_reference(x, *params, channel_dim) # which says what is wrong with them, if anything is
+        if name == 'kernel' and not watched: raise ValueError(_none.format('what has no memory of its own'))
+        return y
+    check_input(x)
+    check_parameters(x, *params, channel_dim)
+    return _by_backend(memory[0], memory[1:], channel_dim, name)
 
 def curve_gradients(
     g:Tensor, # gradient of the output, shape of `x`
-    x:Tensor, # input, floating point
-    params:tuple, # leak, sub and maxv, which go with `x`
+    x:Tensor, # input
+    params:tuple, # leak, sub and maxv
     channel_dim:int, # dimension of `x` that per-channel values run along
 ) -> tuple: # gradients of `x`, leak, sub and maxv, each in the shape and dtype of its own
-    "The gradients of the curve from its input, not differentiable themselves."
-    name,memory = chosen(),in_memory(g, x, *params)
+    "The gradients of the curve from its input, not differentiable themselves; raises as `learned_relu` does."
+    check_input(x)
+    check_parameters(x, *params, channel_dim)
+    if g.shape != x.shape:
+        raise ValueError(f'g has shape {tuple(g.shape)}, but x {tuple(x.shape)}: pass the gradient of the output')
+    name = chosen()
+    memory = None if name == 'reference' or transformed() else in_memory(g, x, *params)
     with torch.no_grad():
-        if memory and name != 'reference':
+        if memory:
             g,x,*params = memory
             backend,plan = _planned(x, tuple(params), channel_dim, name)
             return backend.backward(g, None, None, x, plan, (True,)*4)
         lines = leak,sub,maxv = lined_up(x, channel_dim, **dict(zip(('leak', 'sub', 'maxv'), params)))
-        return gradients(g.to(x.dtype), x > 0, shifted(x, leak, sub) >= maxv, negative_part(x, leak), params, lines)
+        clipped = shifted(x, leak, sub) >= maxv
+        return gradients(g.to(x.dtype), x > 0, clipped, negative_part(x, leak), params, lines)

@@ -128,8 +128,9 @@ def works(
         backward(x, None, None, x, how)
         return True
     except Exception as e: # Triton raises what its compiler, the driver or a missing C compiler raises
-        warnings.warn(f'learned_relu runs on tensor operations, several times slower on {device}, because Triton failed: '
-                      f'{type(e).__name__}: {e}', stacklevel=2)
+        why = f'Triton failed: {type(e).__name__}: {e}'
+        warnings.warn(f'learned_relu runs on tensor operations, several times slower on {device}, because {why}',
+                      stacklevel=2)
         return False
 
 def _planned(x, params, channel_dim):
