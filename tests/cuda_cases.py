@@ -9,7 +9,8 @@ from test_cpu import test_parameters_of_another_dtype_are_rounded_as_the_input_i
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from learned_relu.functional import learned_relu, learned_relu_gradients, learned_relu_reference
+from learned_relu.functional import learned_relu, learned_relu_gradients
+from learned_relu.reference import learned_relu_reference
 
 DEVICE = 'cpu' if os.environ.get('TRITON_INTERPRET') == '1' else 'cuda'
 KINDS = [(torch.float32, o) for o in SLOPES] + [(o, 'some') for o in (torch.float64, torch.bfloat16, torch.float16)]

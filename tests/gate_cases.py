@@ -9,8 +9,9 @@ from torch.testing import assert_close
 from torch.testing._internal.two_tensor import TwoTensor
 
 from learned_relu.batchnorm import bn_learned_relu
-from learned_relu.functional import learned_relu, learned_relu_gradients, learned_relu_reference
+from learned_relu.functional import learned_relu, learned_relu_gradients
 from learned_relu.kernels.dispatch import impl
+from learned_relu.reference import learned_relu_reference
 from learned_relu.surrogate import leaky_grad_relu, learned_clip, learned_threshold, symmetric_clip
 
 faulthandler.enable()

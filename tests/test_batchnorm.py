@@ -13,7 +13,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from learned_relu import batchnorm
-from learned_relu.kernels import build
 from learned_relu.all import (
     BnLearnedRelu,
     ClampActParams,
@@ -30,6 +29,7 @@ from learned_relu.all import (
     unfuse_batchnorms,
     unpatch_relus,
 )
+from learned_relu.kernels import build
 
 
 @pytest.fixture(params=['kernel', 'operations'])

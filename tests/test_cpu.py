@@ -13,10 +13,11 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from learned_relu.kernels import build, cpu, layout
 from learned_relu.bench.speed import saved_bytes
-from learned_relu.functional import learned_relu, learned_relu_gradients, learned_relu_reference
+from learned_relu.functional import learned_relu, learned_relu_gradients
+from learned_relu.kernels import build, cpu, layout
 from learned_relu.layers import GeneralRelu, LearnedRelu
+from learned_relu.reference import learned_relu_reference
 
 pytestmark = pytest.mark.skipif(build.kernels() is None, reason='needs Linux and a C++ compiler')
 SLOPES = dict(usual=lambda n: torch.linspace(.05, .3, n), zero=torch.zeros, some=lambda n: torch.arange(n) % 3*.1,

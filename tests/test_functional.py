@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from learned_relu.functional import learned_relu, learned_relu_reference
+from learned_relu.functional import learned_relu
+from learned_relu.reference import learned_relu_reference
 
 SHAPES = [((6, 3), 1), ((6, 3), -1), ((4, 3, 5), 1), ((4, 5, 3), -1), ((2, 3, 4, 5), 1), ((2, 4, 5, 3), -1),
           ((2, 3, 2, 3, 2), 1), ((2, 2, 3, 2, 3), -1), ((0, 3, 4, 4), 1), ((2, 3, 0, 4), 1)]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from learned_relu import _torch
-from learned_relu.functional import learned_relu, learned_relu_reference
+from learned_relu.functional import learned_relu
 from learned_relu.kernels import build, cpu
 from learned_relu.kernels.dispatch import impl
+from learned_relu.reference import learned_relu_reference
 
 HERE = Path(__file__).parent
 compiled = pytest.mark.skipif(build.kernels() is None, reason='needs Linux and a C++ compiler')

@@ -19,7 +19,7 @@ from fastcore.nbio import read_nb
 from nbdev.config import get_config
 
 import learned_relu
-from learned_relu.functional import learned_relu_reference
+from learned_relu.reference import learned_relu_reference
 
 REPO = Path(__file__).parents[1]
 SOURCES = sorted(o.relative_to(REPO/'nbs') for o in (REPO/'nbs').rglob('*') if o.suffix in ('.ipynb', '.qmd') and not o.name.startswith(('.', '_')))
