@@ -51,7 +51,7 @@ def bootstrap_interval(
     diffs:np.ndarray, # paired differences
     level:float=.95, # confidence, in (0,1)
 ) -> tuple: # (low, high) in the unit of `diffs`; NaN where there are fewer than two
-    "Confidence interval of the mean of paired differences, by a seeded bootstrap: BCa; percentiles where all are alike."
+    "Confidence interval of the mean of paired differences, by a seeded bootstrap: BCa, percentiles if all are alike."
     if len(diffs) < 2: return np.nan, np.nan
     method = 'percentile' if _alike(diffs) else 'BCa'
     rng = np.random.default_rng(0)
