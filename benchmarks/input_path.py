@@ -19,9 +19,9 @@ import torch
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 
-from learned_relu.bench.images import decode_images, loader_share
 from learned_relu.bench.data import find_images, image_dls
-from learned_relu.bench.run import commit
+from learned_relu.bench.images import decode_images, loader_share
+from learned_relu.bench.record import commit
 from learned_relu.xresnet import plain_xresnet
 
 

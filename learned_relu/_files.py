@@ -10,10 +10,10 @@ __all__ = ['cache_dir', 'whole_file']
 # %% ../nbs/api/00_files.ipynb #5cb3eafa
 import os
 import shutil
-import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from uuid import uuid4
 
 # %% ../nbs/api/00_files.ipynb #c151641b
 def cache_dir() -> Path: # `learned_relu` under `$XDG_CACHE_HOME`, by default `~/.cache`
@@ -24,23 +24,27 @@ def cache_dir() -> Path: # `learned_relu` under `$XDG_CACHE_HOME`, by default `~
 @contextmanager
 def whole_file(
     path:Path, # the file, or the directory, to make; one that is there is replaced if it is a file
-    alone:bool=False, # no other process writes it now, so what an earlier one left half-written is removed first
+    alone:bool=False, # nobody else writes it now, so what an earlier process left half-written is removed first
 ):
     "Context that gives a name to write to, beside `path`: it becomes `path` when all went well, and nothing otherwise."
     path = Path(path)
-    left = path.parent.glob(f'{escape(path.name)}.*.tmp') if alone else ()
+    left = list(path.parent.glob(f'{escape(path.name)}.*.tmp')) if alone else []
     for o in left: _remove(o)
-    temp = path.with_name(f'{path.name}.{os.getpid()}-{threading.get_ident()}.tmp')
+    temp = path.with_name(f'{path.name}.{uuid4().hex[:12]}.tmp')
     try:
         yield temp
-        for o in (temp, *temp.rglob('*')):
-            if o.is_file(): _sync(o)
+        for o in (*temp.rglob('*'), temp): _sync(o)
         os.replace(temp, path)
-    finally: _remove(temp)
+    finally:
+        with suppress(OSError): _remove(temp) # what went wrong before is what the caller has to hear of
 
 def _remove(path):
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
 def _sync(path):
-    with open(path, 'r+b') as f: os.fsync(f.fileno())
+    windows = os.name == 'nt' # puts only files on the disk that are open for writing, and no directories
+    if windows and path.is_dir(): return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)

@@ -1,4 +1,5 @@
 "Runs in pairs, records that survive, and the commands as a shell calls them."
+import errno
 import json
 import math
 import os
@@ -11,9 +12,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from learned_relu.bench.cli import learned_relu_compare
-from learned_relu.bench.record import read_record
-from learned_relu.bench.run import Source
+from learned_relu.bench.commands.compare import learned_relu_compare
+from learned_relu.bench.data import Source
+from learned_relu.bench.record import made_by, read_record
 
 CMD = [str(Path(sys.executable).with_name('learned_relu_compare'))]
 SMALL = '--size 16 --bs 8 --epochs 1'.split()
@@ -32,6 +33,35 @@ def finished(images, tmp_path_factory):
     return out, args, run(*args, out, check=True)
 
 
+def test_a_record_is_read_without_a_trainer():
+    code = ("import sys\nfrom pathlib import Path\nfrom learned_relu.bench.record import read_record"
+            "\nassert read_record(next(Path(sys.argv[1]).rglob('records/*.json')))['format'] == 1"
+            "\nprint([o for o in sys.modules if o.split('.')[0] in ('fastai', 'torch') or o.startswith('learned_relu.kernels')])")
+    records = Path(__file__).parents[1]/'benchmarks'/'records'
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, records], capture_output=True, text=True, check=True)
+    assert done.stdout == '[]\n'
+
+
+@pytest.mark.parametrize('what', ['measured', 'plot_speed'])
+def test_a_speed_record_is_there_when_it_is_whole(what, tmp_path, monkeypatch):
+    from learned_relu.bench.commands import speed
+    rows = pd.DataFrame([dict(work='operation', name='relu', median=1., low=1., high=1., rounds=1)])
+    monkeypatch.setattr(speed, 'measured', lambda *_: rows)
+    monkeypatch.setattr(speed, 'first_call', lambda: pd.DataFrame(dict(relu=[1.], LearnedRelu=[2.])))
+    with monkeypatch.context() as m:
+        m.setattr(speed, what, lambda *_: 1/0)
+        with pytest.raises(ZeroDivisionError): speed.learned_relu_speed(tmp_path/'out')
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as m:
+        def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        m.setattr(speed.json, 'dumps', full)
+        with pytest.raises(SystemExit, match='cannot be written .No space left on device.: pass another --out'): speed.learned_relu_speed(tmp_path/'out')
+    assert not list(tmp_path.iterdir())
+    speed.learned_relu_speed(tmp_path/'out')
+    record = json.loads((tmp_path/'out'/'speed.json').read_text())
+    assert {k: record[k] for k in ('commit', 'versions', 'hardware')} == made_by('cpu', dict(capability=record['hardware']['capability']))
+
+
 def test_a_comparison_is_paired_recorded_and_reported(finished):
     out, _, done = finished
     records = [read_record(o) for o in sorted((out/'records').glob('*.json'))]
@@ -40,6 +70,7 @@ def test_a_comparison_is_paired_recorded_and_reported(finished):
     for seed in 0, 1: assert by['relu', seed]['pair'] == by['learned', seed]['pair']
     assert by['relu', 0]['pair'] != by['relu', 1]['pair']
     r = by['learned', 0]
+    assert r['hardware'] == made_by('cpu', dict(processes=1, workers=2))['hardware'] and r['versions'] == made_by('cpu', {})['versions']
     assert r['data']['name'] == 'noise' and isinstance(r['recipe'], dict) and len(r['accuracy']) == 1 and len(r['activation']) == 57
     assert str(out) not in json.dumps(records)
     assert 'vs relu' in done.stdout and not list((out/'records').glob('*.tmp'))
@@ -66,8 +97,11 @@ def test_a_run_more_joins_the_report(finished, tmp_path):
 ELSEWHERE = """import os, sys
 sys.modules.update(resource=None, fcntl=None)
 for o in 'pwrite', 'getuid': delattr(os, o)
-from learned_relu.all import Recipe, Source, train_run
-r = train_run('learned', 0, Recipe(size=16, bs=8), Source(sys.argv[1], 16, workers=0))
+from learned_relu.bench.arms import Arm
+from learned_relu.bench.data import Source
+from learned_relu.bench.recipe import Recipe
+from learned_relu.bench.run import train_run
+r = train_run(Arm('learned'), 0, Recipe(size=16, bs=8), Source(sys.argv[1], 16, workers=0))
 print(r['peak_memory'], len(r['accuracy']))"""
 
 

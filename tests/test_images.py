@@ -20,9 +20,8 @@ from PIL import Image
 from torch import nn
 
 from learned_relu.bench import images as cache
-from learned_relu.bench.data import find_images, image_dls
+from learned_relu.bench.data import Source, find_images, image_dls
 from learned_relu.bench.images import decode_images, loader_share
-from learned_relu.bench.run import Source
 
 SLOWLY = """import sys, time
 from learned_relu.bench import images as cache

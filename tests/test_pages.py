@@ -10,8 +10,8 @@ from fastcore.nbio import read_nb
 from fastcore.script import anno_parser
 from PIL import Image
 
-from learned_relu.bench.arms import arm_patch
-from learned_relu.bench.cli import learned_relu_compare
+from learned_relu.bench.arms import Arm
+from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.commands.report import learned_relu_report
 from learned_relu.bench.commands.train import learned_relu_train
 from learned_relu.bench.recipe import read_recipe
@@ -70,4 +70,4 @@ def test_a_command_in_the_prose_can_be_given(name, line):
     args = vars(anno_parser(COMMANDS[command], command).parse_args(words[words.index(command) + 1:]))
     if args.get('recipe'): read_recipe(PAGES[0].parents[2]/args['recipe'])
     for arm in (args.get('arms') or args.get('arm') or 'relu').split(','):
-        if '.' not in arm: arm_patch(arm) # one of the reader's own is not here
+        if '.' not in arm: Arm(arm) # one of the reader's own is not here

@@ -9,10 +9,12 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastcore.nbio import read_nb
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from learned_relu.bench.arms import arm_model, arm_patch, arms
-from learned_relu.bench.cli import learned_relu_compare, planned
+from learned_relu.bench.arms import Arm, arms
+from learned_relu.bench.commands.compare import learned_relu_compare
+from learned_relu.bench.commands.options import planned
 from learned_relu.bench.recipe import Recipe, _later, read_recipe
 from learned_relu.bench.record import read_record
+from learned_relu.bench.run import arm_model
 
 RECIPES = Path(__file__).resolve().parents[1]/'benchmarks'/'recipes'
 BOARDS = [(d, s, e) for d in ('imagenette', 'imagewoof') for s in (128, 192, 256) for e in (5, 20, 80, 200)]
@@ -22,7 +24,7 @@ BOARDS = [(d, s, e) for d in ('imagenette', 'imagewoof') for s in (128, 192, 256
 def test_every_recipe_names_what_there_is(file):
     plan = read_recipe(file)
     Recipe(**plan.recipe)
-    for o in plan.arms: arm_patch(o)
+    for o in plan.arms: Arm(o)
 
 
 @pytest.mark.parametrize('data,size,epochs', BOARDS)
@@ -112,7 +114,7 @@ def test_what_learns_from_relu_starts_as_relu():
     for norm in True, False:
         outs = []
         for arm in 'relu', 'learned_from_relu', 'learned':
-            torch.manual_seed(0); outs.append(arm_model(arm, Recipe(batchnorm=norm), 10)(x))
+            torch.manual_seed(0); outs.append(arm_model(Arm(arm), Recipe(batchnorm=norm), 10)(x))
         assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
@@ -127,7 +129,7 @@ def test_integers_and_floats_of_one_value_are_one_recipe():
     ('torch.nn.ELU+freeze', 'after an arm that learns'), ('learned+', 'after an arm'), ('', "arm is ''"),
     ('torch.nn', "'torch.nn' is no nn.Module class")])
 def test_arms_that_cannot_be(arm, words):
-    with pytest.raises(ValueError, match=re.escape(words)): arm_patch(arm)
+    with pytest.raises(ValueError, match=re.escape(words)): Arm(arm)
 
 
 def test_arm_names_are_documented():

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from learned_relu.bench import report
-from learned_relu.bench.cli import compare
-from learned_relu.bench.commands.report import first_paragraph, learned_relu_report, read_records
+from learned_relu.bench.arms import Arm
+from learned_relu.bench.commands.report import first_paragraph, learned_relu_report
+from learned_relu.bench.compare import compare
 from learned_relu.bench.figures import STARTS, plot_accuracy, plot_pairs, plot_params, plot_shapes, shape_values, shapes
-from learned_relu.bench.record import read_record
+from learned_relu.bench.record import read_record, read_records
 from learned_relu.bench.report import recipe_toml, report_page, save_report
 from learned_relu.bench.stats import accuracy_at, bootstrap_interval, epoch_ends, equal_time, holm, interval, p_value, paired, pairs_needed, signs
 from learned_relu.bench.table import board_rows, leaderboard, readable, readable_tests, table
@@ -152,7 +153,7 @@ def test_signs_and_ties():
 def test_statsmodels_is_asked_for_by_name_and_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, 'statsmodels.stats.multitest', None)
     with pytest.raises(ImportError, match=r'pip install "learned_relu\[bench\]"'): holm([.1])
-    with pytest.raises(ImportError, match='statsmodels'): compare(['relu'], [0], None, None, 'nowhere')
+    with pytest.raises(ImportError, match='statsmodels'): compare([Arm('relu')], [0], None, None, 'nowhere')
 
 
 def test_accuracy_at_a_time_by_hand():

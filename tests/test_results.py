@@ -8,7 +8,7 @@ from execnb.shell import CaptureShell
 from fastcore.nbio import read_nb
 from fastcore.xtras import working_directory
 
-from learned_relu.bench.cli import learned_relu_compare
+from learned_relu.bench.commands.compare import learned_relu_compare
 
 REPO = Path(__file__).parents[1]
 PAGES = [REPO/'nbs'/o for o in ('index.ipynb', 'results.ipynb')]
@@ -74,7 +74,7 @@ def test_every_block_of_the_readme_is_run_by_a_check():
 
 def test_the_first_command_does_what_the_readme_says(monkeypatch):
     called = []
-    monkeypatch.setattr('learned_relu.bench.cli.run_arms', lambda *args: called.append(args))
+    monkeypatch.setattr('learned_relu.bench.commands.compare.run_arms', lambda *args: called.append(args))
     learned_relu_compare()
     arms, seeds, how, out, *_ = called[0]
-    assert (arms, seeds, how.data, str(out)) == (['relu', 'general', 'learned'], [0, 1, 2], 'mnist', 'runs/mnist')
+    assert ([o.name for o in arms], seeds, how.data, str(out)) == (['relu', 'general', 'learned'], [0, 1, 2], 'mnist', 'runs/mnist')

@@ -14,11 +14,13 @@ import torch
 from common import make, quiet
 from fastai.callback.core import Callback
 
-from learned_relu.bench.cli import learned_relu_compare
+from learned_relu.bench.arms import Arm
+from learned_relu.bench.commands.compare import learned_relu_compare
+from learned_relu.bench.data import Source
 from learned_relu.bench.recipe import Recipe
 from learned_relu.bench.record import in_use, read_record, records_dir, write_record
 from learned_relu.bench.resume import EpochCheckpoint, random_states
-from learned_relu.bench.run import Source, train_run
+from learned_relu.bench.run import train_run
 from learned_relu.callback.clamp import ClampActParams
 
 ARM = 'learned+averages+freeze'
@@ -42,11 +44,11 @@ def killed_after(monkeypatch, epochs):
 @pytest.mark.parametrize('schedule,epochs', [('one_cycle', 3), ('flat_cos', 1)]) # before and after freezing, which comes at half
 def test_an_interrupted_run_ends_bit_for_bit_as_if_nothing_had_been(images, tmp_path, monkeypatch, schedule, epochs):
     recipe, source, file = Recipe(data='noise', schedule=schedule, **ALL), Source(images, 16), tmp_path/'run.pt'
-    whole = train_run(ARM, 0, recipe, source)
+    whole = train_run(Arm(ARM), 0, recipe, source)
     with monkeypatch.context() as m:
         killed_after(m, epochs)
-        with pytest.raises(KeyboardInterrupt): train_run(ARM, 0, recipe, source, checkpoint=file)
-    again = train_run(ARM, 0, recipe, source, checkpoint=file)
+        with pytest.raises(KeyboardInterrupt): train_run(Arm(ARM), 0, recipe, source, checkpoint=file)
+    again = train_run(Arm(ARM), 0, recipe, source, checkpoint=file)
     assert again['resumed'] == [epochs] and whole['resumed'] == [] and len(again['epoch_seconds']) == 4
     assert json.dumps(ended(again)) == json.dumps(ended(whole))
     assert len(set(whole['telemetry']['step'])) == 12 and all(np.isfinite(whole['train_loss']))
@@ -57,9 +59,9 @@ def test_interrupted_twice(images, tmp_path, monkeypatch):
     for n in 1, 2:
         with monkeypatch.context() as m:
             killed_after(m, n)
-            with pytest.raises(KeyboardInterrupt): train_run('penalty', 0, recipe, source, checkpoint=file)
-    again = train_run('penalty', 0, recipe, source, checkpoint=file)
-    assert again['resumed'] == [1, 2] and ended(again) == ended(train_run('penalty', 0, recipe, source))
+            with pytest.raises(KeyboardInterrupt): train_run(Arm('penalty'), 0, recipe, source, checkpoint=file)
+    again = train_run(Arm('penalty'), 0, recipe, source, checkpoint=file)
+    assert again['resumed'] == [1, 2] and ended(again) == ended(train_run(Arm('penalty'), 0, recipe, source))
 
 
 def test_killed_within_an_epoch_by_the_system(images, tmp_path):
@@ -105,7 +107,8 @@ def checkpoint(tmp_path, images, monkeypatch, arm='relu'):
     file = tmp_path/'run.pt'
     with monkeypatch.context() as m:
         killed_after(m, 1)
-        with pytest.raises(KeyboardInterrupt): train_run(arm, 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
+        recipe = Recipe(data='noise', size=16, bs=8, epochs=2)
+        with pytest.raises(KeyboardInterrupt): train_run(Arm(arm), 0, recipe, Source(images, 16), checkpoint=file)
     return file
 
 
@@ -115,7 +118,7 @@ def test_a_checkpoint_of_another_run_is_refused(images, tmp_path, monkeypatch, c
     before = file.read_bytes()
     recipe = Recipe(data='noise', size=16, bs=8, epochs=2, lr=change.get('lr', Recipe.lr))
     with pytest.raises(ValueError, match='run.pt is the checkpoint of another run'):
-        train_run(change.get('arm', 'relu'), change.get('seed', 0), recipe, Source(images, 16), checkpoint=file)
+        train_run(Arm(change.get('arm', 'relu')), change.get('seed', 0), recipe, Source(images, 16), checkpoint=file)
     assert file.read_bytes() == before
 
 
@@ -124,7 +127,7 @@ def test_a_broken_checkpoint_is_named(images, tmp_path, monkeypatch, content):
     file = checkpoint(tmp_path, images, monkeypatch)
     file.write_bytes(file.read_bytes()[:1000] if content is None else content)
     with pytest.raises(ValueError, match='run.pt cannot be read as a checkpoint'):
-        train_run('relu', 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
+        train_run(Arm('relu'), 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
 
 
 def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -136,7 +139,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path, monkeypatch)
     def half(state, tmp): Path(tmp).write_bytes(b'half'); raise RuntimeError('PytorchStreamWriter failed writing file') # as torch.save does
     monkeypatch.setattr(torch, 'save', half)
     with pytest.raises(ValueError, match='run.pt cannot be written .* free some space'):
-        train_run('relu', 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
+        train_run(Arm('relu'), 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
     assert file.read_bytes() == before and [o.name for o in tmp_path.iterdir()] == ['run.pt']
 
 
@@ -150,7 +153,7 @@ def test_a_full_disk_within_a_run_is_one_line_too(images, tmp_path, monkeypatch)
 def test_another_number_of_workers_is_another_run(images, tmp_path, monkeypatch):
     file = checkpoint(tmp_path, images, monkeypatch)
     with pytest.raises(ValueError, match="is the checkpoint of another run, .*'workers': 2.*'workers': 0"):
-        train_run('relu', 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16, workers=0), checkpoint=file)
+        train_run(Arm('relu'), 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16, workers=0), checkpoint=file)
 
 
 def test_the_scaler_of_mixed_precision_is_gone_after_the_fit():
@@ -160,6 +163,19 @@ def test_the_scaler_of_mixed_precision_is_gone_after_the_fit():
     keep._rest = dict(callbacks={}, scaler=dict(scale=2.), smooth=(1, torch.tensor(0.)), random=[random_states(learn.dls)])
     with quiet(learn): learn.fit(1)
     assert keep._rest is None and learn.recorder.smooth_loss.count > 1
+
+
+def test_what_a_killed_process_left_of_its_checkpoint_goes_with_the_next(images, tmp_path):
+    (tmp_path/'run.pt.77.tmp').touch(); (tmp_path/'other.pt.77.tmp').touch()
+    train_run(Arm('relu'), 0, Recipe(data='noise', size=16, bs=8), Source(images, 16), checkpoint=tmp_path/'run.pt')
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['other.pt.77.tmp', 'run.pt']
+
+
+def test_what_a_killed_process_left_of_its_record_goes_with_the_next(tmp_path):
+    path = records_dir(tmp_path)
+    (path/'relu-seed0-a.json.77.tmp').write_text('{"for'); (path/'relu-seed1-a.json.77.tmp').touch()
+    kept = write_record(dict(format=1, arm='relu', seed=0, digest='a'), path)
+    assert sorted(o.name for o in path.iterdir()) == [kept.name, 'relu-seed1-a.json.77.tmp'] and read_record(kept)['seed'] == 0
 
 
 def test_a_disk_that_is_full_keeps_finished_records(tmp_path, monkeypatch):
@@ -173,7 +189,7 @@ def test_a_disk_that_is_full_keeps_finished_records(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_in_a_shell(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, 'fsync', full)
+    monkeypatch.setattr('learned_relu.bench.record.json.dump', full)
     with pytest.raises(SystemExit, match='error: relu-seed0-.*json cannot be written'):
         learned_relu_compare(arms='relu', seeds=1, size=8, bs=2000, out=tmp_path/'o')
     assert len(list((tmp_path/'o'/'checkpoints').glob('*.pt'))) == 1 # the trained epochs are not lost

@@ -5,14 +5,16 @@ from pathlib import Path
 
 from fastai.torch_core import num_distrib, rank_distrib
 
+from learned_relu.bench.arms import Arm
+from learned_relu.bench.data import Source
 from learned_relu.bench.distributed import first
 from learned_relu.bench.recipe import Recipe
-from learned_relu.bench.run import Source, fit, make_learner
+from learned_relu.bench.run import fit, make_learner
 from learned_relu.params import act_layers, act_params
 
 data, out = map(Path, sys.argv[1:])
 recipe = Recipe(data=data.name, size=16, bs=4, epochs=2)
-learn = make_learner('learned+averages+freeze', 0, recipe, Source(data, 16))
+learn = make_learner(Arm('learned+averages+freeze'), 0, recipe, Source(data, 16))
 seen, half = [], []
 freeze = learn.freeze_act_params
 before = type(freeze).before_step

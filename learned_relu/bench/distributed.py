@@ -25,8 +25,9 @@ def _shared_out(dl):
     return CpuDistributedDL(dl, device=dl.device)
 
 def use_own_gpu():
-    "Make the GPU of this process the current one, before anything is put on it; alone, or without a GPU, change nothing."
-    if num_distrib() > 1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    "Make the GPU of this process the current one, before anything is put on it; alone, or without one, change nothing."
+    if num_distrib() < 2 or not torch.cuda.is_available(): return
+    torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
 
 def first() -> bool:
     "Whether this is the only process, or the first of several: the one that prints and writes."
@@ -36,13 +37,15 @@ def first() -> bool:
 def on_all_processes(
     learn, # a `Learner`
 ):
-    "Train `learn` on all the processes that were launched; alone, change nothing. `ImportError` where Accelerate is missing."
+    "Train `learn` on all the processes that were launched; alone, change nothing. `ImportError` without Accelerate."
     if num_distrib() < 2:
         yield
         return
     try: import fastai.distributed # adds distrib_ctx to Learner
-    except (ImportError, NameError) as e: raise ImportError('Several processes need Accelerate: pip install "learned_relu[bench]"') from e
-    cpu,own = not torch.cuda.is_available(),list(learn.dls.loaders)
+    except (ImportError, NameError) as e:
+        raise ImportError('Several processes need Accelerate: pip install "learned_relu[bench]"') from e
+    cpu = not torch.cuda.is_available()
+    own = list(learn.dls.loaders)
     if cpu: learn.dls.loaders = [_shared_out(o) for o in own]
     try:
         with learn.distrib_ctx(sync_bn=not cpu, cpu=cpu): yield

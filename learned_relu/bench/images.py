@@ -26,7 +26,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import nn
 
-from .._files import cache_dir
+from .._files import cache_dir, whole_file
 
 # %% ../../nbs/api/31_bench.images.ipynb #d8cc2c84
 _FORMAT = 1
@@ -38,18 +38,22 @@ def _stamp(path, files, fingerprint):
 
 def _head(stamp, sizes): return stamp + hashlib.sha256(sizes.tobytes()).digest() + sizes.tobytes()
 
+def _ends(sizes): return 64 + 8*len(sizes) + 3*sizes.prod(1, dtype=np.int64).cumsum() # of each image, in the file
+
 def _read_sizes(path, stamp, n):
-    with open(path, 'rb') as f: head,length = f.read(64 + 8*n),os.fstat(f.fileno()).st_size
+    with open(path, 'rb') as f:
+        head = f.read(64 + 8*n)
+        length = os.fstat(f.fileno()).st_size
     if head[:32] != stamp: raise ValueError('is of other images')
     sizes = np.frombuffer(head[64:len(head) - len(head) % 8], '<u4').reshape(-1, 2)
     if head != _head(stamp, sizes) or len(sizes) != n: raise ValueError('has a damaged index')
-    total = len(head) + 3*int(sizes.prod(1, dtype=np.int64).sum())
+    total = int(_ends(sizes)[-1])
     if length != total: raise ValueError(f'has {length:,} bytes instead of {total:,}')
     return sizes
 
 # %% ../../nbs/api/31_bench.images.ipynb #9974c2b7
 class DecodedImages:
-    "Images in one memory-mapped file, as `decode_images` writes it; `ValueError` where the file is another or cut short."
+    "Images in one memory-mapped file, as `decode_images` writes it; `ValueError` where it is another or cut short."
     def __init__(self,
         path:Path, # the file
         files:list, # images that were decoded into it, in order
@@ -57,7 +61,7 @@ class DecodedImages:
     ):
         self.path,self.files,self.stamp = path,files,stamp
         self.sizes = _read_sizes(path, stamp, len(files)) # height and width, `(n, 2)`
-        self.offsets = 64 + 8*len(files) + 3*np.append(0, self.sizes.prod(1, dtype=np.int64).cumsum()) # where each begins, and the end
+        self.offsets = np.append(64 + 8*len(files), _ends(self.sizes)) # where each begins, and the end
         self._place = {o: i for i,o in enumerate(files)}
 
     @cached_property
@@ -69,8 +73,9 @@ class DecodedImages:
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         if i < 0: i += len(self)
-        (h,w),begin,end = self.sizes[i].tolist(),self.offsets[i],self.offsets[i+1]
-        return PILImage.create(Image.frombuffer('RGB', (w, h), self._pixels[begin:end], 'raw', 'RGB', 0, 1))
+        h,w = self.sizes[i].tolist()
+        pixels = self._pixels[self.offsets[i]:self.offsets[i+1]]
+        return PILImage.create(Image.frombuffer('RGB', (w, h), pixels, 'raw', 'RGB', 0, 1))
 
     def open(self,
         file:Path, # any image
@@ -78,10 +83,11 @@ class DecodedImages:
         "The image of a file: from the map, or decoded if it is not there, as when a trained model is given a new one."
         return self[self._place[file]] if file in self._place else PILImage.create(file)
 
-# %% ../../nbs/api/31_bench.images.ipynb #dafb68cc
+# %% ../../nbs/api/31_bench.images.ipynb #290302d8
 def _named(f, file):
     try: return f(file)
-    except Exception as e: raise ValueError(f'{file} cannot be read ({e}): mend it, or leave it out with skip_unreadable') from e
+    except Exception as e:
+        raise ValueError(f'{file} cannot be read ({e}): mend it, or leave it out with skip_unreadable') from e
 
 def _size(file):
     with Image.open(file) as o: return o.height, o.width
@@ -92,38 +98,44 @@ def _write(path, data, offset):
         f.write(data)
 
 def _refuse(where, why):
-    return ValueError(f'{where} {why}: make room, let XDG_CACHE_HOME name another directory, or train without the cache')
+    return ValueError(f'{where} {why}: make room, let XDG_CACHE_HOME name another directory, '
+                      'or train without the cache')
 
-def _decode(path, files, stamp):
-    where,temp = path.parent,path.with_suffix('.tmp')
-    for o in (path, temp): o.unlink(missing_ok=True) # neither is of use, and both take room
-    sizes = np.array(parallel(lambda o: _named(_size, o), files, threadpool=True), '<u4')
-    head = _head(stamp, sizes)
-    ends = len(head) + 3*sizes.prod(1, dtype=np.int64).cumsum()
-    need,free = int(ends[-1]),shutil.disk_usage(where).free
-    takes = f'the decoded images take {need/1e6:,.1f} MB'
-    if free < need: raise _refuse(where, f'has {free/1e6:,.1f} MB free, but {takes}')
-    print(f'Decoding {len(files):,} images once, {need/1e6:,.1f} MB, into {path}')
+def _decode_to(temp, files, head, sizes):
+    ends = _ends(sizes)
     def one(i):
         pixels = np.asarray(_named(lambda o: PILImage.create(o.read_bytes()), files[i]))
-        if pixels.shape[:2] != tuple(sizes[i]): raise ValueError(f'{files[i]} is not of the size that its header says: mend it')
+        if pixels.shape[:2] != tuple(sizes[i]):
+            raise ValueError(f'{files[i]} is not of the size that its header says: mend it')
         _write(temp, pixels, int(ends[i]) - pixels.nbytes)
-    try:
-        temp.write_bytes(head)
-        parallel(one, range(len(files)), threadpool=True, progress=len(files) > 1000)
-        with open(temp, 'r+b') as f: os.fsync(f.fileno())
-        os.replace(temp, path)
-    except OSError as e: raise _refuse(where, f'cannot be written ({e}), where {takes}, and {shutil.disk_usage(where).free/1e6:,.1f} MB are free') from e
-    finally: temp.unlink(missing_ok=True)
+    temp.write_bytes(head)
+    parallel(one, range(len(files)), threadpool=True, progress=len(files) > 1000)
 
+def _decode(path, files, stamp):
+    path.unlink(missing_ok=True) # of no use, and it takes room
+    where = path.parent
+    sizes = np.array(parallel(lambda o: _named(_size, o), files, threadpool=True), '<u4')
+    need = _ends(sizes)[-1]/1e6
+    takes = f'the decoded images take {need:,.1f} MB'
+    def free(): return shutil.disk_usage(where).free/1e6
+    try:
+        with whole_file(path, alone=True) as temp:
+            if free() < need: raise _refuse(where, f'has {free():,.1f} MB free, but {takes}')
+            print(f'Decoding {len(files):,} images once, {need:,.1f} MB, into {path}')
+            _decode_to(temp, files, _head(stamp, sizes), sizes)
+    except OSError as e:
+        raise _refuse(where, f'cannot be written ({e}), where {takes}, and {free():,.1f} MB are free') from e
+
+# %% ../../nbs/api/31_bench.images.ipynb #dafb68cc
 def decode_images(
     path:Path, # folder of the images
     files:list, # images in it
     fingerprint:str, # of their names and sizes, as `find_images` returns it; names the file
-    where:Path|None=None, # directory to keep the file in; None: `learned_relu/images` under `$XDG_CACHE_HOME`, by default `~/.cache`
+    where:Path|None=None, # directory for the file; None: `learned_relu/images` under `$XDG_CACHE_HOME` or `~/.cache`
 ) -> DecodedImages: # in the order of `files`
-    "All images in one file, decoded unless they are there already; `ValueError` names an unreadable image or a disk without room."
-    where,stamp = Path(where or cache_dir()/'images').absolute(),_stamp(path, files, fingerprint)
+    "All images in one file, decoded unless they are there; `ValueError` names an unreadable image or a full disk."
+    where = Path(where or cache_dir()/'images').absolute()
+    stamp = _stamp(path, files, fingerprint)
     name = hashlib.sha256(f'{_FORMAT} {PIL.__version__} {fingerprint}'.encode()).hexdigest()[:16]
     file = where/f'{name}.rgb'
     try:
@@ -141,15 +153,21 @@ def loader_share(
     dls, # `DataLoaders`; those of training are used
     model:nn.Module, # what to train; a copy is trained, by SGD on cross entropy
     batches:int=10, # how many to time, after two that do not count; ends with the epoch
-) -> dict: # seconds an image: `wait` for loading, `step` for training; `share` of loading in both, in [0,1]; `images` timed
+) -> dict: # seconds an image: `wait`, `step`; `share` of waiting in both, in [0,1]; `images` timed
     "What share of an epoch is spent waiting for images; `ValueError` where an epoch has less than three batches."
-    if len(dls.train) < 3: raise ValueError(f'an epoch has {len(dls.train)} batch(es), and the first two do not count: pass a smaller batch size')
+    if len(dls.train) < 3: raise ValueError(f'an epoch has {len(dls.train)} batch(es), and the first two do not count: '
+                                            'pass a smaller batch size')
     model = copy.deepcopy(model).to(dls.device).train()
-    opt,loss,times = torch.optim.SGD(model.parameters(), lr=1e-3),nn.CrossEntropyLoss(),[]
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loss = nn.CrossEntropyLoss()
     def now():
         if dls.device.type == 'cuda': torch.cuda.synchronize()
         return time.perf_counter()
-    def step(x, y): loss(model(x), y).backward(); opt.step(); opt.zero_grad()
+    def step(x, y):
+        loss(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    times = []
     began = now()
     for _,(x,y) in zip(range(batches + 2), dls.train):
         got = now()

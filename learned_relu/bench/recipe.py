@@ -19,22 +19,65 @@ from pathlib import Path
 from fastai.layers import AvgPool, MaxPool
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD, Adam, RMSProp, ranger
+from fastcore.basics import patch
 from torch import nn
 
 from ..xresnet import plain_xresnet, xresnet_names
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #6b0d9269
-opts = dict(adam=(Adam, 'mom sqr_mom eps'), ranger=(ranger, 'mom sqr_mom eps beta'), rms=(RMSProp, 'mom sqr_mom eps'), sgd=(SGD, 'mom'))
+# %% ../../nbs/api/30_bench.recipe.ipynb #625ce971
+opts = dict(adam=(Adam, 'mom sqr_mom eps'), ranger=(ranger, 'mom sqr_mom eps beta'),
+            rms=(RMSProp, 'mom sqr_mom eps'), sgd=(SGD, 'mom'))
 pools = dict(AvgPool=AvgPool, MaxPool=MaxPool)
 schedules = 'one_cycle','flat_cos'
 sources = '160','320','full'
+
+_kinds = {int: 'whole number', float: 'number', str: 'string', bool: 'true or false'}
+_ranges = (
+    ('epochs', lambda v: v >= 1, 'a whole number, 1 or more'),
+    ('size', lambda v: 8 <= v <= 1024, 'a whole number, 8 or more, up to 1024'),
+    ('bs', lambda v: v >= 2, 'a whole number, 2 or more'),
+    ('mom sqrmom smoothing sh', lambda v: 0 <= v < 1, 'a number in [0, 1)'),
+    ('widen', lambda v: .125 <= v <= 8, 'a number in [0.125, 8]'),
+    ('wd mixup beta', lambda v: v >= 0, '0 or a positive number'),
+    ('lr eps', lambda v: v > 0, 'a positive number'),
+)
+
+def _typed(name, kind, v):
+    fits = isinstance(v, (int, float) if kind is float else kind)
+    if not fits or isinstance(v, bool) != (kind is bool): raise TypeError(f'{name} is {v!r}: pass a {_kinds[kind]}')
+    if kind is not float: return v
+    if not math.isfinite(v): raise ValueError(f'{name} is {v}: pass a finite number')
+    return float(v)
+
+def _check_ranges(recipe):
+    for names,fits,what in _ranges:
+        for k in names.split():
+            v = getattr(recipe, k)
+            if v is not None and not fits(v): raise ValueError(f'{k} is {v}: pass {what}')
+
+def _check_choices(recipe):
+    for k,known in dict(opt=opts, pool=pools, schedule=schedules, arch=xresnet_names()).items():
+        v = getattr(recipe, k)
+        if v not in known: raise ValueError(f'{k} is {v!r}: pass one of {", ".join(known)}')
+    if recipe.mom is not None and recipe.schedule == 'one_cycle':
+        raise ValueError(f'mom is {recipe.mom}, but one_cycle moves the momentum itself: '
+                         "leave it out, or pass schedule='flat_cos'")
+    if recipe.source not in ('', *sources):
+        raise ValueError(f'source is {recipe.source!r}: pass one of {", ".join(sources)}, '
+                         'or nothing for the published choice')
+    has = opts[recipe.opt][1].split()
+    for k,name in dict(mom='mom', sqrmom='sqr_mom', eps='eps', beta='beta').items():
+        v = getattr(recipe, k)
+        if v and name not in has: raise ValueError(f'{k} is {v}, which {recipe.opt} does not have: leave it out')
+
+# %% ../../nbs/api/30_bench.recipe.ipynb #6b0d9269
 _later = dict(batchnorm=True, widen=1.) # fields that the first records lack, with what they meant there
 
 @dataclass(frozen=True)
 class Recipe:
     "How a model is trained, whatever its activation; `ValueError` and `TypeError` name a field that cannot be."
     data:str='mnist' # 'mnist', 'imagenette', 'imagewoof', or a folder with `train/` and `val/`
-    source:str='' # which of the data set's images: '160' or '320' pixels on the shortest side, or 'full'; '' for the published choice, 320 up to 224 px
+    source:str='' # of its images: '160' or '320' px on the shortest side, or 'full'; '' as published, 320 up to 224 px
     arch:str='xresnet18' # a fastai xresnet
     epochs:int=1 # passes over the training set, at least 1
     size:int=28 # side of the square images, in pixels, 8 to 1024
@@ -42,7 +85,7 @@ class Recipe:
     lr:float=8e-3 # highest learning rate, positive
     schedule:str='one_cycle' # of the learning rate: 'one_cycle' or 'flat_cos'
     opt:str='adam' # adam (decoupled weight decay, AdamW), ranger, rms or sgd
-    mom:float=None # momentum, in [0, 1); the optimizer's own by default. `one_cycle` moves it between .95 and .85 by itself
+    mom:float=None # momentum, in [0, 1); the optimizer's own by default, moved between .95 and .85 by `one_cycle`
     sqrmom:float=None # momentum of squared gradients, in [0, 1); the optimizer's own by default
     eps:float=None # what optimizers add to a denominator, positive; the optimizer's own by default
     beta:float=0. # softplus of SAdam, for ranger; 0 for none
@@ -58,56 +101,40 @@ class Recipe:
     fp16:bool=False # mixed precision, on a GPU
 
     def __post_init__(self):
-        kinds = {int: int, float: (int, float), str: str, bool: bool}
         for f in fields(self):
             v = getattr(self, f.name)
-            if v is None and f.default is None: continue
-            if isinstance(v, bool) != (f.type is bool) or not isinstance(v, kinds[f.type]):
-                raise TypeError(f'{f.name} is {v!r}: pass a {dict(int="whole number", float="number", str="string", bool="true or false")[f.type.__name__]}')
-            if f.type is float and not math.isfinite(v): raise ValueError(f'{f.name} is {v}: pass a finite number')
-            if f.type is float: object.__setattr__(self, f.name, float(v))
-        for k,low,high in (('epochs', 1, None), ('size', 8, 1024), ('bs', 2, None)):
-            v = getattr(self, k)
-            if v < low or high and v > high: raise ValueError(f'{k} is {v!r}: pass a whole number, {low} or more{high and f", up to {high}" or ""}')
-        for k in 'mom','sqrmom','smoothing','sh':
-            if (v := getattr(self, k)) is not None and not 0 <= v < 1: raise ValueError(f'{k} is {v}: pass a number in [0, 1)')
-        if not .125 <= self.widen <= 8: raise ValueError(f'widen is {self.widen}: pass a number in [0.125, 8]')
-        for k in 'wd','mixup','beta':
-            if getattr(self, k) < 0: raise ValueError(f'{k} is {getattr(self, k)}: pass 0 or a positive number')
-        for k in 'lr','eps':
-            if (v := getattr(self, k)) is not None and v <= 0: raise ValueError(f'{k} is {v}: pass a positive number')
-        for k,known in dict(opt=opts, pool=pools, schedule=schedules, arch=xresnet_names()).items():
-            if getattr(self, k) not in known: raise ValueError(f'{k} is {getattr(self, k)!r}: pass one of {", ".join(known)}')
-        if self.mom is not None and self.schedule == 'one_cycle':
-            raise ValueError(f"mom is {self.mom}, but one_cycle moves the momentum itself: leave it out, or pass schedule='flat_cos'")
-        if self.source not in ('', *sources): raise ValueError(f'source is {self.source!r}: pass one of {", ".join(sources)}, or nothing for the published choice')
-        has = opts[self.opt][1].split()
-        for k,name in dict(mom='mom', sqrmom='sqr_mom', eps='eps', beta='beta').items():
-            if getattr(self, k) and name not in has: raise ValueError(f'{k} is {getattr(self, k)}, which {self.opt} does not have: leave it out')
+            if v is not None or f.default is not None: object.__setattr__(self, f.name, _typed(f.name, f.type, v))
+        _check_ranges(self)
+        _check_choices(self)
 
     def digest(self,
         fingerprint:str, # of the data
     ) -> str: # 8 hexadecimal digits
         "A short name for this recipe on these data."
-        return hashlib.sha256(json.dumps([dict(asdict(self).items() - _later.items()), fingerprint], sort_keys=True).encode()).hexdigest()[:8]
+        said = dict(asdict(self).items() - _later.items())
+        return hashlib.sha256(json.dumps([said, fingerprint], sort_keys=True).encode()).hexdigest()[:8]
 
-    def model(self,
-        n_out:int, # number of classes
-        c_in:int=3, # channels of the images
-    ) -> nn.Module:
-        "The network with ReLUs."
-        more = dict(sa=self.sa, sym=self.sym, pool=pools[self.pool], widen=self.widen)
-        return plain_xresnet(self.arch, n_out, self.batchnorm, c_in=c_in, **more)
+# %% ../../nbs/api/30_bench.recipe.ipynb #061ee4a0
+@patch
+def model(self:Recipe,
+    n_out:int, # number of classes
+    c_in:int=3, # channels of the images
+) -> nn.Module:
+    "The network with ReLUs."
+    more = dict(sa=self.sa, sym=self.sym, pool=pools[self.pool], widen=self.widen)
+    return plain_xresnet(self.arch, n_out, self.batchnorm, c_in=c_in, **more)
 
-    def opt_func(self): # what a `Learner` takes as `opt_func`
-        "The optimizer."
-        func,names = opts[self.opt]
-        given = dict(mom=self.mom, sqr_mom=self.sqrmom, eps=self.eps, beta=self.beta or None)
-        return partial(func, **{k: given[k] for k in names.split() if given[k] is not None})
+@patch
+def opt_func(self:Recipe): # what a `Learner` takes as `opt_func`
+    "The optimizer."
+    func,names = opts[self.opt]
+    given = dict(mom=self.mom, sqr_mom=self.sqrmom, eps=self.eps, beta=self.beta or None)
+    return partial(func, **{k: given[k] for k in names.split() if given[k] is not None})
 
-    def loss_func(self): # what a `Learner` takes as `loss_func`
-        "Cross entropy, with smooth labels or without."
-        return LabelSmoothingCrossEntropyFlat(eps=self.smoothing) if self.smoothing else CrossEntropyLossFlat()
+@patch
+def loss_func(self:Recipe): # what a `Learner` takes as `loss_func`
+    "Cross entropy, with smooth labels or without."
+    return LabelSmoothingCrossEntropyFlat(eps=self.smoothing) if self.smoothing else CrossEntropyLossFlat()
 
 # %% ../../nbs/api/30_bench.recipe.ipynb #eae5ccc7
 @dataclass(frozen=True)
@@ -117,32 +144,44 @@ class Plan:
     arms:tuple=() # names of arms; empty where the file names none
     seeds:int=None # number of seeds; None where the file does not say
 
-def _toml():
-    try: import tomllib
+def _parsed(file):
+    try: import tomllib as toml
     except ImportError:
-        try: import tomli as tomllib # Python 3.10
-        except ImportError as e: raise ImportError('Recipe files need tomli on Python 3.10: pip install "learned_relu[bench]"') from e
-    return tomllib
+        try: import tomli as toml # Python 3.10
+        except ImportError as e:
+            raise ImportError('Recipe files need tomli on Python 3.10: pip install "learned_relu[bench]"') from e
+    try: return toml.loads(file.read_text(encoding='utf-8'))
+    except OSError as e:
+        raise ValueError(f'recipe is {str(file)!r}, which cannot be read ({e.strerror}): pass a TOML file') from e
+    except (toml.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
 
+def _check_keys(file, found):
+    known = [*sorted(o.name for o in fields(Recipe)), 'arms', 'seeds', 'base']
+    for k in found:
+        if k in known: continue
+        near = get_close_matches(k, known, 1)
+        meant = f', perhaps meant as {near[0]!r}' if near else ''
+        raise ValueError(f'{file.name} has a key {k!r}{meant}: pass some of {", ".join(known)}')
+
+# %% ../../nbs/api/30_bench.recipe.ipynb #6c36930b
 def read_recipe(
     file:str, # a TOML file
 ) -> Plan:
     "The recipe in `file`; `ValueError` and `TypeError` name the file and what is wrong in it."
-    toml,file,keys = _toml(),Path(file),{o.name for o in fields(Recipe)}
-    try: found = toml.loads(file.read_text(encoding='utf-8'))
-    except OSError as e: raise ValueError(f'recipe is {str(file)!r}, which cannot be read ({e.strerror}): pass a TOML file') from e
-    except (toml.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
+    file = Path(file)
+    found = _parsed(file)
     base = found.pop('base', None)
-    if not isinstance(base, (str, type(None))): raise TypeError(f'{file.name}: base is {base!r}: pass the name of a file beside it')
+    if not isinstance(base, (str, type(None))):
+        raise TypeError(f'{file.name}: base is {base!r}: pass the name of a file beside it')
     try: below = read_recipe(file.parent/base) if base else Plan({})
     except RecursionError: raise ValueError(f'{file.name}: base leads back to the file itself') from None
-    for k in found:
-        if k in keys or k in ('arms', 'seeds'): continue
-        near = get_close_matches(k, [*keys, 'arms', 'seeds', 'base'], 1)
-        raise ValueError(f'{file.name} has a key {k!r}' + (f', perhaps meant as {near[0]!r}' if near else '') + f': pass some of {", ".join(sorted(keys))}, arms, seeds, base')
-    arms,seeds = found.pop('arms', below.arms),found.pop('seeds', below.seeds)
-    if not (isinstance(arms, (list, tuple)) and all(isinstance(o, str) for o in arms)): raise TypeError(f'{file.name}: arms is {arms!r}: pass a list of names')
-    if seeds is not None and (isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1): raise ValueError(f'{file.name}: seeds is {seeds!r}: pass a count, 1 or more')
+    _check_keys(file, found)
+    arms = found.pop('arms', below.arms)
+    if not (isinstance(arms, (list, tuple)) and all(isinstance(o, str) for o in arms)):
+        raise TypeError(f'{file.name}: arms is {arms!r}: pass a list of names')
+    seeds = found.pop('seeds', below.seeds)
+    if seeds is not None and (isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1):
+        raise ValueError(f'{file.name}: seeds is {seeds!r}: pass a count, 1 or more')
     recipe = below.recipe | found
     try: Recipe(**recipe)
     except (TypeError, ValueError) as e: raise type(e)(f'{file.name}: {e}') from e

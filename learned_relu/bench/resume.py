@@ -8,7 +8,6 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.resume.html.md"""
 __all__ = ['random_states', 'set_random_states', 'EpochCheckpoint']
 
 # %% ../../nbs/api/31_bench.resume.ipynb #35d873cb
-import os
 import random
 import time
 from pathlib import Path
@@ -20,6 +19,8 @@ from fastai.learner import SkipToEpoch
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.foundation import L
 
+from .._files import whole_file
+
 # %% ../../nbs/api/31_bench.resume.ipynb #049634c7
 def _own(dl): return vars(dl).get('dl', dl).rng # inside fastai's `DistributedDL`, where there is one
 
@@ -28,8 +29,9 @@ def random_states(
 ) -> dict: # plain values and tensors
     "Every random state a run draws from: Python's, NumPy's, torch's, and each data loader's own."
     name,keys,*rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(), loaders=[_own(o).getstate() for o in dls.loaders],
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(),
+                loaders=[_own(o).getstate() for o in dls.loaders], cuda=cuda)
 
 def set_random_states(
     states:dict, # as `random_states` returned it
@@ -42,11 +44,16 @@ def set_random_states(
     if states['cuda']: torch.cuda.set_rng_state_all(states['cuda'])
     for dl,s in zip(dls.loaders, states['loaders']): _own(dl).setstate(s)
 
-# %% ../../nbs/api/31_bench.resume.ipynb #91499ddd
+# %% ../../nbs/api/31_bench.resume.ipynb #a72dc50c
 def _plain(o):
     if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return (tuple if isinstance(o, tuple) else list)(map(_plain, o))
     return o.item() if isinstance(o, np.generic) else o
+
+def _moved(o, device):
+    if isinstance(o, torch.Tensor): return o.to(device)
+    if isinstance(o, dict): return {k: _moved(v, device) for k,v in o.items()}
+    return type(o)(_moved(v, device) for v in o) if isinstance(o, (list, tuple, L)) else o
 
 def _gathered(o):
     if num_distrib() < 2: return [o]
@@ -54,36 +61,74 @@ def _gathered(o):
     torch.distributed.all_gather_object(res, o)
     return res
 
+def _read(file, mark):
+    try: state = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise ValueError(f'{file.name} cannot be read as a checkpoint ({type(e).__name__}): '
+                         'move it away, and its run starts anew') from e
+    if state.get('mark') != mark:
+        raise ValueError(f'{file.name} is the checkpoint of another run, {state.get("mark")}, and this is {mark}: '
+                         'move it away, or pass another directory')
+    return state
+
+def _save(file, state):
+    try:
+        with whole_file(file, alone=True) as temp: torch.save(state, temp)
+    except (OSError, RuntimeError) as e: # torch reports a full disk as RuntimeError
+        raise ValueError(f'{file.name} cannot be written to {file.parent} ({e}): '
+                         'free some space, and the same command goes on') from e
+
+# %% ../../nbs/api/31_bench.resume.ipynb #c0a1d5e7
+def _scaler(learn): return getattr(learn, 'scaler', None) # of mixed precision, which takes it away after the fit
+
+def _counting(learn): return {cb.name: cb for cb in learn.cbs if hasattr(type(cb), 'load_state_dict')}
+
+def _snapshot(learn, states):
+    smooth = learn.recorder.smooth_loss # which runs on from epoch to epoch
+    scaler = _scaler(learn)
+    return dict(model=get_model(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()), random=states,
+                smooth=(smooth.count, smooth.val.as_subclass(torch.Tensor).cpu()),
+                callbacks={k: cb.state_dict() for k,cb in _counting(learn).items()},
+                scaler=scaler.state_dict() if scaler else {})
+
+def _put_back(learn, state):
+    get_model(learn.model).load_state_dict(state['model'])
+    learn.create_opt()
+    state['opt']['hypers'] = L(state['opt']['hypers'])
+    learn.opt.load_state_dict(_moved(state['opt'], next(learn.model.parameters()).device))
+
+def _give_back(learn, rest):
+    for k,cb in _counting(learn).items(): cb.load_state_dict(rest['callbacks'][k])
+    scaler = _scaler(learn)
+    if scaler: scaler.load_state_dict(rest['scaler'])
+    smooth = learn.recorder.smooth_loss
+    smooth.count,smooth.val = rest['smooth']
+    set_random_states(rest['random'][rank_distrib()], learn.dls)
+
+# %% ../../nbs/api/31_bench.resume.ipynb #91499ddd
 class EpochCheckpoint(Callback):
     "Log every epoch, and write down after it all that the next one depends on."
     order = SkipToEpoch.order+1
     def __init__(self,
-        file:Path=None, # where; None writes nothing
+        file:Path=None, # where, and nobody else writes there; None writes nothing
         mark:dict=None, # says whose it is: plain values, equal for the same run only
     ):
-        self.file,self.mark,self._rest,self._tick = file and Path(file),mark,None,None
+        self.file = Path(file) if file else None
+        self.mark = mark
         self.values,self.seconds,self.resumed = [],[],[]
+        self._rest,self._tick = None,None
 
     def resume(self,
         learn, # the `Learner` of the same run, before its fit
     ) -> int: # epochs that are done: `start_epoch` of the fit
-        "Load weights and optimizer of the last finished epoch, if there is one; `ValueError` for the checkpoint of another run."
+        "Load weights and optimizer of the last finished epoch, if any; `ValueError` for the checkpoint of another run."
         if self.file is None or not self.file.exists(): return 0
-        try: state = torch.load(self.file, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f'{self.file.name} cannot be read as a checkpoint ({type(e).__name__}): move it away, and its run starts anew') from e
-        if state.get('mark') != self.mark:
-            raise ValueError(f'{self.file.name} is the checkpoint of another run, {state.get("mark")}, and this is {self.mark}: move it away, or pass another directory')
-        get_model(learn.model).load_state_dict(state['model'])
-        learn.create_opt()
-        state['opt']['hypers'] = L(state['opt']['hypers'])
-        device = next(learn.model.parameters()).device
-        learn.opt.load_state_dict(_moved(state['opt'], device))
-        self.values,self.seconds,self._rest = state['values'],state['seconds'],state
+        state = _read(self.file, self.mark)
+        _put_back(learn, state)
+        self._rest = state
+        self.values,self.seconds = state['values'],state['seconds']
         self.resumed = state['resumed'] + [len(self.values)]
         return len(self.values)
-
-    def _scaler(self): return getattr(self.learn, 'scaler', None) # of mixed precision, which takes it away after the fit
-    def _counting(self): return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'load_state_dict')}
 
     def before_train(self):
         "Give callbacks and random generators their states back, once."
@@ -94,15 +139,6 @@ class EpochCheckpoint(Callback):
         "Give them back also where every epoch was done."
         self._give_back()
 
-    def _give_back(self):
-        rest,self._rest = self._rest,None
-        if rest is None: return
-        for k,cb in self._counting().items(): cb.load_state_dict(rest['callbacks'][k])
-        if self._scaler(): self._scaler().load_state_dict(rest['scaler'])
-        smooth = self.recorder.smooth_loss # which runs on from epoch to epoch
-        smooth.count,smooth.val = rest['smooth']
-        set_random_states(rest['random'][rank_distrib()], self.dls)
-
     def after_epoch(self):
         "Log the epoch, unless it was skipped, and write."
         if self._tick is None: return
@@ -112,20 +148,10 @@ class EpochCheckpoint(Callback):
         states = _gathered(random_states(self.dls)) if self.file else None
         if self.file and not rank_distrib(): self._write(states)
 
-    def _write(self, states):
-        smooth = self.recorder.smooth_loss
-        state = dict(mark=self.mark, model=get_model(self.learn.model).state_dict(), opt=_plain(self.opt.state_dict()), random=states, values=self.values,
-                     seconds=self.seconds, resumed=self.resumed, smooth=(smooth.count, smooth.val.as_subclass(torch.Tensor).cpu()), callbacks={k: cb.state_dict() for k,cb in self._counting().items()},
-                     scaler=self._scaler().state_dict() if self._scaler() else {})
-        tmp = self.file.with_suffix('.tmp')
-        try:
-            torch.save(state, tmp)
-            os.replace(tmp, self.file)
-        except (OSError, RuntimeError) as e: # torch reports a full disk as RuntimeError
-            tmp.unlink(missing_ok=True)
-            raise ValueError(f'{self.file.name} cannot be written to {self.file.parent} ({e}): free some space, and the same command goes on') from e
+    def _give_back(self):
+        rest,self._rest = self._rest,None
+        if rest is not None: _give_back(self.learn, rest)
 
-def _moved(o, device):
-    if isinstance(o, torch.Tensor): return o.to(device)
-    if isinstance(o, dict): return {k: _moved(v, device) for k,v in o.items()}
-    return type(o)(_moved(v, device) for v in o) if isinstance(o, (list, tuple, L)) else o
+    def _write(self, states):
+        own = dict(mark=self.mark, values=self.values, seconds=self.seconds, resumed=self.resumed)
+        _save(self.file, own | _snapshot(self.learn, states))

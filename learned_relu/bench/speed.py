@@ -30,7 +30,8 @@ from ..xresnet import plain_xresnet
 def keep_freed_memory():
     "Tell glibc to give no freed memory back to the system, for the rest of the process; elsewhere do nothing."
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform.startswith('linux') else None
-    if mallopt: mallopt(-1, 2**30); mallopt(-3, 2**30) # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    if not mallopt: return
+    for threshold in (-1, -3): mallopt(threshold, 2**30) # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 def _seconds(f, number):
     t = time.perf_counter()
@@ -49,8 +50,12 @@ def time_ratios(
     names = list(functions)
     keep_freed_memory()
     for f in functions.values(): f()
-    def turn(i): return names[i % len(names):] + names[:i % len(names)] # each round begins with another, since each leaves memory and caches to the next
-    def once(f): number > 1 and f(); return _seconds(f, number)
+    def turn(i): # each round begins with another, since each leaves memory and caches to the next
+        k = i % len(names)
+        return names[k:] + names[:k]
+    def once(f):
+        if number > 1: f()
+        return _seconds(f, number)
     times = pd.DataFrame([{k: once(functions[k]) for k in turn(i)} for i in range(rounds)])
     return times.div(times[base], axis=0).quantile([.5, .25, .75]).T.set_axis(['median', 'low', 'high'], axis=1)
 
@@ -60,8 +65,11 @@ def saved_bytes(
     x:torch.Tensor, # an input
 ) -> int: # bytes
     "What `model` keeps for its backward pass."
-    saved,own = {},{p.untyped_storage().data_ptr() for p in model.parameters()}
-    def keep(t): saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+    def keep(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): y = model(x)
     return sum(v for k,v in saved.items() if k not in own)
 
@@ -104,7 +112,7 @@ def operation_cost(
     memory_format:torch.memory_format=torch.contiguous_format, # of the input
     dtype:torch.dtype=torch.float32, # of the input
     device:str='cpu', # where
-) -> pd.DataFrame: # index: name; columns: median, low and high quartile of the time ratio; `saved`, in units of the input's bytes
+) -> pd.DataFrame: # index: name; columns: median, low, high quartile of the time ratio; `saved`, in the input's bytes
     "Forward and backward pass of each layer, as a ratio to the first."
     x = torch.randn(shape, device=device).to(dtype=dtype, memory_format=memory_format).requires_grad_()
     g = torch.randn_like(x)
@@ -135,25 +143,32 @@ def step_cost(
     rounds:int=30, # how often each is timed
     device:str='cpu', # where
     dtype:torch.dtype=torch.float32, # of the activations: another than float32 means autocast
-) -> pd.DataFrame: # index: name; columns: median, low and high quartile of the time ratio; `saved` and `peak`, ratios too (NaN where not measured)
+) -> pd.DataFrame: # index: name; columns: median, low, high quartile of the time ratio; `saved`, `peak`, ratios or NaN
     "Training steps of each model (forward, backward, SGD with momentum), as a ratio to the first."
-    x,y = torch.randn(bs, 3, size, size, device=device),torch.randint(0, 10, (bs,), device=device)
-    cuda = torch.device(device).type == 'cuda'
+    kind = torch.device(device).type
+    x = torch.randn(bs, 3, size, size, device=device)
+    y = torch.randint(0, 10, (bs,), device=device)
     def stepper(model):
         model.to(device).train()
         opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=.9)
         def step():
             opt.zero_grad()
-            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32): loss = F.cross_entropy(model(x), y)
-            loss.backward(); opt.step()
+            with torch.autocast(kind, dtype, enabled=dtype != torch.float32): loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            opt.step()
         return step
-    def peak(step): torch.cuda.reset_peak_memory_stats(); step(); return torch.cuda.max_memory_allocated()
+    def peak(step):
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
     steps = {k: stepper(m) for k,m in models.items()}
     df = time_ratios(steps, next(iter(models)), rounds, number=1)
     saved = pd.Series({k: saved_bytes(m, x) for k,m in models.items() if not m._compiled_call_impl}, dtype=float)
-    peaks = pd.Series({k: peak(f) for k,f in steps.items()} if cuda else {}, dtype=float)
     base = df.index[0]
-    return df.assign(saved=saved/saved[base], peak=peaks/peaks[base] if cuda else float('nan'))
+    df = df.assign(saved=saved/saved[base], peak=float('nan'))
+    if kind != 'cuda': return df
+    peaks = pd.Series({k: peak(f) for k,f in steps.items()}, dtype=float)
+    return df.assign(peak=peaks/peaks[base])
 
 # %% ../../nbs/api/36_bench.speed.ipynb #ecd6d5ef
 def gradient_cost(
@@ -163,17 +178,26 @@ def gradient_cost(
     rounds:int=20, # how often each is timed
 ) -> pd.DataFrame: # index: what is done; columns: median, low and high quartile of the ratio to the plain step
     "What is done to gradients, as a ratio to a plain forward and backward pass of a model with ReLUs."
-    model,x,y = plain_xresnet(arch, 10),torch.randn(bs, 3, size, size),torch.randint(0, 10, (bs,))
-    relus,outs = [o for o in model.modules() if isinstance(o, nn.ReLU)],[]
-    def step(): model.zero_grad(); F.cross_entropy(model(x), y).backward()
-    def clipped(): step(); nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    model = plain_xresnet(arch, 10)
+    x = torch.randn(bs, 3, size, size)
+    y = torch.randint(0, 10, (bs,))
+    relus = [o for o in model.modules() if isinstance(o, nn.ReLU)]
+    outs = []
+    def step():
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+    def clipped():
+        step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
     def penalised():
-        model.zero_grad(); outs.clear()
+        model.zero_grad()
+        outs.clear()
         hooks = [o.register_forward_hook(lambda m, args, out: outs.append(out)) for o in relus]
         loss = F.cross_entropy(model(x), y)
         for h in hooks: h.remove()
         (loss + act_grad_penalty(loss, outs)).backward()
-    return time_ratios({'plain step': step, 'GradientClip': clipped, 'ActGradPenalty': penalised}, 'plain step', rounds, number=1)
+    done = {'plain step': step, 'GradientClip': clipped, 'ActGradPenalty': penalised}
+    return time_ratios(done, 'plain step', rounds, number=1)
 
 # %% ../../nbs/api/36_bench.speed.ipynb #fece4524
 _first = '''
@@ -189,7 +213,10 @@ def first_call(
     rounds:int=5, # processes of each
 ) -> pd.DataFrame: # columns: relu, LearnedRelu; seconds, one row per round
     "Seconds to import the layer and call it for the first time, forward and backward, in a fresh process."
-    makers = {'relu': 'layer = nn.ReLU()', 'LearnedRelu': 'from learned_relu.layers import LearnedRelu; layer = LearnedRelu(64)'}
-    def run(code): return float(subprocess.run([sys.executable, '-W', 'ignore', '-c', _first.format(code)], check=True, capture_output=True, text=True).stdout)
+    ours = 'from learned_relu.layers import LearnedRelu; layer = LearnedRelu(64)'
+    makers = {'relu': 'layer = nn.ReLU()', 'LearnedRelu': ours}
+    def run(code):
+        python = [sys.executable, '-W', 'ignore', '-c', _first.format(code)]
+        return float(subprocess.run(python, check=True, capture_output=True, text=True).stdout)
     run(makers['LearnedRelu'])
     return pd.DataFrame([{k: run(v) for k,v in makers.items()} for _ in range(rounds)])

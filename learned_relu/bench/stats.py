@@ -36,7 +36,8 @@ def paired(
 # %% ../../nbs/api/34_bench.stats.ipynb #b1fed59f
 def _alike(diffs): return np.ptp(diffs) < 1e-9
 
-def _mean(diffs, axis): return np.mean(diffs, axis=axis).round(9) # the order of a sum must not break a tie, which BCa counts
+def _mean(diffs, axis):
+    return np.mean(diffs, axis=axis).round(9) # the order of a sum must not break a tie, which BCa counts
 
 def interval(
     diffs:np.ndarray, # paired differences
@@ -50,16 +51,19 @@ def bootstrap_interval(
     diffs:np.ndarray, # paired differences
     level:float=.95, # confidence, in (0,1)
 ) -> tuple: # (low, high) in the unit of `diffs`; NaN where there are fewer than two
-    "Confidence interval of the mean of paired differences, by a seeded bootstrap: BCa, or percentiles where all are alike."
+    "Confidence interval of the mean of paired differences, by a seeded bootstrap: BCa, percentiles if all are alike."
     if len(diffs) < 2: return np.nan, np.nan
     method = 'percentile' if _alike(diffs) else 'BCa'
-    return tuple(map(float, stats.bootstrap((diffs,), _mean, confidence_level=level, method=method, rng=np.random.default_rng(0)).confidence_interval))
+    rng = np.random.default_rng(0)
+    found = stats.bootstrap((diffs,), _mean, confidence_level=level, method=method, rng=rng)
+    return tuple(map(float, found.confidence_interval))
 
 # %% ../../nbs/api/34_bench.stats.ipynb #c1c27e71
 def check_statistics():
     "Raise `ImportError` unless statsmodels is installed; the message says how to."
     try: import statsmodels.stats.multitest, statsmodels.stats.power
-    except ImportError as e: raise ImportError('The statistics need statsmodels: pip install "learned_relu[bench]"') from e
+    except ImportError as e:
+        raise ImportError('The statistics need statsmodels: pip install "learned_relu[bench]"') from e
 
 def signs(
     diffs:np.ndarray, # paired differences
@@ -118,7 +122,7 @@ def equal_time(
     arm:str, # the arm in question
     base:str='relu', # the arm that sets the time
 ) -> float: # a fraction; NaN where no seed is in both, or a run had no epoch behind it
-    "Mean accuracy when the run of `base` with the same seed was over; schedules are not annealed at that moment, so a slower arm is judged harshly."
+    "Mean accuracy when the run of `base` with the same seed was over: harsh to a slower arm, not yet annealed by then."
     found = [accuracy_at(r, epoch_ends(b)[-1]) for r,b in paired_runs(records, arm, base)]
     return float(np.mean(found)) if found else np.nan
 

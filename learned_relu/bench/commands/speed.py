@@ -10,10 +10,7 @@ __all__ = ['measured', 'plot_speed', 'learned_relu_speed']
 # %% ../../../nbs/api/37_bench.commands.speed.ipynb #752e594c
 import json
 import os
-import platform
-import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,8 +18,10 @@ import pandas as pd
 import torch
 from fastcore.script import call_parse
 
-from ..run import FORMAT, commit
-from ..speed import contestants, first_call, gradient_cost, in_batchnorm, operation_cost, step_cost, step_models
+from ..._files import whole_file
+from ..record import FORMAT, made_by
+from ..speed import (contestants, first_call, gradient_cost, in_batchnorm, operation_cost, step_cost,
+                                      step_models)
 from ...xresnet import xresnet_names
 
 # %% ../../../nbs/api/37_bench.commands.speed.ipynb #c696deb0
@@ -40,13 +39,17 @@ def measured(
     layouts = {'contiguous': torch.contiguous_format, 'channels last': torch.channels_last}
     res = {}
     for t in dtypes:
+        dtype = str(t).removeprefix('torch.')
         for k,fmt in layouts.items():
-            what = f'{str(t)[6:]}, {k}'
-            res[f'operation, {what}'] = operation_cost(contestants(64), rounds=rounds, memory_format=fmt, dtype=t, device=device).assign(rounds=rounds)
-            res[f'with BatchNorm, {what}'] = operation_cost(in_batchnorm(64), rounds=rounds, memory_format=fmt, dtype=t, device=device).assign(rounds=rounds)
+            for work,layers in {'operation': contestants(64), 'with BatchNorm': in_batchnorm(64)}.items():
+                df = operation_cost(layers, rounds=rounds, memory_format=fmt, dtype=t, device=device)
+                res[f'{work}, {dtype}, {k}'] = df.assign(rounds=rounds)
         for arch in archs if steps else ():
-            res[f'step, {arch}, {size} px, batch {bs}, {str(t)[6:]}'] = step_cost(step_models(arch, compiled), size, bs, steps, device, t).assign(rounds=steps)
-    if steps: res['gradients, xresnet18, 64 px, batch 16'] = gradient_cost(rounds=max(1, steps//3)).assign(rounds=max(1, steps//3))
+            df = step_cost(step_models(arch, compiled), size, bs, steps, device, t)
+            res[f'step, {arch}, {size} px, batch {bs}, {dtype}'] = df.assign(rounds=steps)
+    if steps:
+        n = max(1, steps//3)
+        res['gradients, xresnet18, 64 px, batch 16'] = gradient_cost(rounds=n).assign(rounds=n)
     return pd.concat(res, names=['work', 'name']).reset_index()
 
 # %% ../../../nbs/api/37_bench.commands.speed.ipynb #33456280
@@ -56,7 +59,8 @@ def plot_speed(
     "Time of each contestant as a ratio to the base of its work, with quartiles."
     works = list(dict.fromkeys(df.work))
     sizes = [len(df[df.work == w]) for w in works]
-    fig,axs = plt.subplots(len(works), 1, figsize=(8, 1.2*len(works) + .26*sum(sizes)), squeeze=False, layout='constrained', height_ratios=[n + 1 for n in sizes])
+    fig,axs = plt.subplots(len(works), 1, figsize=(8, 1.2*len(works) + .26*sum(sizes)), squeeze=False,
+                           layout='constrained', height_ratios=[n + 1 for n in sizes])
     for ax,w in zip(axs[:,0], works):
         d = df[df.work == w].iloc[::-1]
         ax.barh(d.name, d['median'], xerr=[d['median'] - d.low, d.high - d['median']], color='C0', ecolor='grey')
@@ -64,13 +68,32 @@ def plot_speed(
         ax.set(title=f'{w} ({d.rounds.iloc[0]} rounds)', xlabel=f'time, ratio to {d.name.iloc[-1]}')
     return fig
 
-# %% ../../../nbs/api/37_bench.commands.speed.ipynb #d206dadf
-def _hardware(device):
-    name = torch.cuda.get_device_name() if torch.device(device).type == 'cuda' else platform.machine()
-    return dict(device=device, machine=name, threads=torch.get_num_threads(), capability=torch.backends.cpu.get_cpu_capability())
-
+# %% ../../../nbs/api/37_bench.commands.speed.ipynb #95ee01a3
 def _environment(): return {k: v for k,v in sorted(os.environ.items()) if k.startswith(('MALLOC_', 'OMP_', 'MKL_'))}
 
+def _check_asked(path, rounds, steps, archs):
+    if path.exists():
+        raise SystemExit(f'error: {path} is there already, and a record never changes: pass another --out')
+    if rounds < 1 or steps < 0:
+        raise SystemExit(f'error: rounds is {rounds} and steps {steps}: pass 1 or more rounds, and 0 or more steps')
+    known = xresnet_names()
+    for o in archs:
+        if o not in known: raise SystemExit(f'error: archs names {o!r}: pass some of {", ".join(known)}')
+
+def _write(to, record, df):
+    (to/'speed.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
+    df.to_csv(to/'speed.csv', index=False)
+    fig = plot_speed(df)
+    fig.savefig(to/'speed.png', dpi=90)
+    plt.close(fig)
+
+def _print(df, first):
+    for w,rows in df.groupby('work', sort=False):
+        print(f'{w}\n{rows.drop(columns="work").set_index("name").round(3).to_string()}\n')
+    print(f'first call in a fresh process, median of {len(first)}: {first.LearnedRelu.median():.2f} s, '
+          f'and {first.relu.median():.2f} s with relu')
+
+# %% ../../../nbs/api/37_bench.commands.speed.ipynb #d206dadf
 @call_parse
 def learned_relu_speed(
     out:str='runs/speed', # directory for the record, made here
@@ -84,25 +107,21 @@ def learned_relu_speed(
 ):
     "Measure what each activation costs on this machine, as ratios to ReLU, and write a record."
     path = Path(out)
-    if path.exists(): raise SystemExit(f'error: {path} is there already, and a record never changes: pass another --out')
-    if rounds < 1 or steps < 0: raise SystemExit(f'error: rounds is {rounds} and steps {steps}: pass 1 or more rounds, and 0 or more steps')
     names = [o.strip() for o in archs.split(',') if o.strip()]
-    if unknown := [o for o in names if o not in xresnet_names()]: raise SystemExit(f'error: archs names {unknown[0]!r}: pass some of {", ".join(xresnet_names())}')
-    try: path.parent.mkdir(parents=True, exist_ok=True); tmp = tempfile.TemporaryDirectory(dir=path.parent)
-    except OSError as e: raise SystemExit(f'error: {path.parent} cannot be written ({e.strerror}): pass another --out') from e
+    _check_asked(path, rounds, steps, names)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    began = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
-    with tmp as d:
-        df,first = measured(rounds, steps, names, size, bs, compiled, device),first_call()
-        made = Path(d)/'record'
-        made.mkdir()
-        record = dict(format=FORMAT, began=began, commit=commit(), shape=(32, 64, 32, 32), hardware=_hardware(device), environment=_environment(),
-                      versions={o: version(o) for o in ('torch', 'learned_relu')}, rows=json.loads(df.to_json(orient='records')),
-                      first_call=first.to_dict('list'))
-        (made/'speed.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
-        df.to_csv(made/'speed.csv', index=False)
-        fig = plot_speed(df); fig.savefig(made/'speed.png', dpi=90); plt.close(fig)
-        made.rename(path)
-    for w,rows in df.groupby('work', sort=False): print(f'{w}\n{rows.drop(columns="work").set_index("name").round(3).to_string()}\n')
-    print(f'first call in a fresh process, median of {len(first)}: {first.LearnedRelu.median():.2f} s, and {first.relu.median():.2f} s with relu')
+    made = made_by(device, dict(capability=torch.backends.cpu.get_cpu_capability()))
+    about = dict(format=FORMAT, began=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), shape=(32, 64, 32, 32),
+                 environment=_environment(), **made)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temp:
+            temp.mkdir() # before anything is measured in vain
+            df = measured(rounds, steps, names, size, bs, compiled, device)
+            first = first_call()
+            about.update(rows=json.loads(df.to_json(orient='records')), first_call=first.to_dict('list'))
+            _write(temp, about, df)
+    except OSError as e:
+        raise SystemExit(f'error: {path.parent} cannot be written ({e.strerror}): pass another --out') from e
+    _print(df, first)
     print(path)
