@@ -10,7 +10,7 @@ import learned_relu
 
 ROOT = Path(learned_relu.__file__).parent
 TORCH = ('_files kernels.layout kernels.cpp kernels.cpu kernels.cpu_batchnorm kernels.triton functional surrogate act_layer layers batchnorm '
-         'params trace patch plot caps').split()
+         'params trace patch plot history caps').split()
 modules = sorted(o.relative_to(ROOT) for o in ROOT.rglob('*.py') if o.name not in ('__init__.py', '_modidx.py', 'all.py'))
 
 
