@@ -286,6 +286,31 @@ def test_every_figure_has_labelled_axes_and_room_for_them(draw):
     assert all(o.get_ylabel() for o in fig.axes if o not in plots)
 
 
+HOSTILE = ['$\\frac{$', 'a$_b$ \\$c\\$', '<script>alert("1")</script>', "it's & \"so\"", '_private', '{{ name }} {% raw %}']
+
+
+def hostile_records():
+    tele = telemetry(['leak', 'sub', 'maxv'], layers=HOSTILE)
+    named = dict(data=dict(name=HOSTILE[2], fingerprint=HOSTILE[3]), recipe=dict(arch=HOSTILE[0], size=128, epochs=2, note=HOSTILE[2]))
+    return [record(o, s, .5 + s/100, telemetry=tele, **named) for o in ('relu', *HOSTILE) for s in (0, 1)]
+
+
+def texts_of(fig): return [o.get_text() for o in fig.findobj(plt.Text)]
+
+
+def test_names_are_drawn_letter_by_letter():
+    records = hostile_records()
+    once = [dict(r, accuracy=r['accuracy'][-1:]) for r in records]
+    figures = [plot_accuracy(records), plot_accuracy(once), plot_pairs(records), *(f(r) for f in (plot_params, plot_shapes) for r in records[2::2])]
+    for fig in figures:
+        fig.canvas.draw()  # where a formula that is none is an error
+        assert not any(o.get_parse_math() for o in fig.findobj(plt.Text) if '$' in o.get_text())
+    for fig, each in zip(figures[:3], ('{} (n=2)', '{}\n(n=2)', '{} (n=2)'), strict=True):
+        assert {each.format(o) for o in HOSTILE if fig is not figures[0] or o[0] != '_'} <= {*texts_of(fig)}
+    for fig, arm in zip(figures[3:], HOSTILE*2, strict=True): assert any(arm in o for o in texts_of(fig))
+    assert {*HOSTILE} <= {*texts_of(figures[3])} and f'layer {HOSTILE[0]}' in texts_of(figures[9])
+
+
 def test_a_page_without_pairs_or_telemetry_and_with_strange_names():
     page = report_page(RECORDS[3:])
     assert plot_pairs(RECORDS[3:]) is None and plot_params(RECORDS[3]) is None

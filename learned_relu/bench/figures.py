@@ -24,6 +24,9 @@ from ..layers import LearnedRelu
 from ..plot import curves_of
 
 # %% ../../nbs/api/34_bench.figures.ipynb #ededf08f
+_literal = plt.rc_context({'text.parse_math': False}) # names in records are no formulas
+
+@_literal
 def plot_accuracy(
     records:list, # records of one recipe
 ): # a figure
@@ -51,6 +54,7 @@ def plot_accuracy(
     return fig
 
 # %% ../../nbs/api/34_bench.figures.ipynb #0051a93e
+@_literal
 def plot_pairs(
     records:list, # records of one recipe
 ): # a figure, or None where nothing is paired
@@ -76,6 +80,7 @@ def plot_pairs(
     return fig
 
 # %% ../../nbs/api/34_bench.figures.ipynb #3bf20d2b
+@_literal
 def plot_params(
     record:dict, # of one run
 ): # a figure, or None where the run has no telemetry
@@ -116,6 +121,7 @@ def shapes(
     return curves_of(curve, values, torch.as_tensor(x)).numpy()
 
 # %% ../../nbs/api/34_bench.figures.ipynb #5a42dcc1
+@_literal
 def plot_shapes(
     record:dict, # of one run
     n:int=9, # curves per layer at most, evenly spaced in time
