@@ -14,8 +14,9 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
+from ..._files import whole_file
 from ..record import read_record
-from ..report import html_page, html_table, save_report, write_whole
+from ..report import html_page, html_table, save_report
 from ..table import readable, table
 
 # %% ../../../nbs/api/38_bench.commands.report.ipynb #e76f4bd8
@@ -89,6 +90,7 @@ def learned_relu_report(
         sections.append(_section(folder, to, by_digest))
         broken += wrong
     intro = '<h1>Records</h1><p>Each ±1 %: the boards of Imagenette and Imagewoof warn of so much between runs of one recipe.</p>'
-    write_whole(to/'index.html', html_page('learned_relu: records', '\n'.join([intro, *sections])))
+    with whole_file(to/'index.html') as temp:
+        temp.write_text(html_page('learned_relu: records', '\n'.join([intro, *sections])), encoding='utf-8')
     print(Path(out)/'index.html')
     if broken: raise SystemExit('\n'.join([f'error: {len(broken)} records cannot be read, the others are reported on:', *broken]))
