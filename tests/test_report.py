@@ -3,8 +3,10 @@ import base64
 import re
 import shutil
 import sys
+from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -311,6 +313,28 @@ def test_names_are_drawn_letter_by_letter():
     assert {*HOSTILE} <= {*texts_of(figures[3])} and f'layer {HOSTILE[0]}' in texts_of(figures[9])
 
 
+def read(page):
+    "Tags, attributes and text of a page, as a browser has them"
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.handle_data = found.append
+    parser.feed(page)
+    return [o for o in found if not isinstance(o, str)], ''.join(o for o in found if isinstance(o, str))
+
+
+def test_names_are_written_letter_by_letter():
+    tags, text = read(report_page(hostile_records()))
+    own = 'html head meta title style body h1 h2 table thead tbody tr th td p a figure img figcaption dl dt dd pre code'.split()
+    assert {o for o, _ in tags} == {*own}
+    assert {k for _, a in tags for k in a} <= {*'lang charset name content style class border href alt src'.split()}, 'a name opened an attribute'
+    assert all(text.count(o) >= 3 for o in HOSTILE), 'in two tables and the board'
+    alts = [a['alt'] for tag, a in tags if tag == 'img']
+    assert all(f'Curves of three layers of {o}, seed 0 over' in ' '.join(alts) for o in HOSTILE)
+    assert f'# Runs | Arm |\n| -- | -- | -- | -- | -- |\n| 128 | 2 | 50.50% | 2, mean | relu |\n| 128 | 2 | 50.50% | 2, mean | {HOSTILE[0]} |' in text
+    assert f'Data {HOSTILE[2]}, fingerprint {HOSTILE[3]};' in text and f'{HOSTILE[2]}: {HOSTILE[0]}' in text
+
+
 def test_a_page_without_pairs_or_telemetry_and_with_strange_names():
     page = report_page(RECORDS[3:])
     assert plot_pairs(RECORDS[3:]) is None and plot_params(RECORDS[3]) is None
@@ -321,7 +345,7 @@ def test_a_page_holds_what_a_reader_needs():
     page = report_page(read_records(WOOF)[0]['34d243ea'])
     assert page.count('<img alt=') == page.count('<figcaption>') == 4 and not re.search(r'src="http|<link|<script|@import', page)
     assert 'https://github.com/fastai/imagenette' in page and '±1 %' in page and '| 64 | 2 | 41.10% | 1 | learned |' in page
-    assert 'size = 64\n' in page and 'data = &quot;imagewoof2-160&quot;' in page
+    assert 'size = 64\n' in page and 'data = &#34;imagewoof2-160&#34;' in page
     meant = ' '.join(re.findall('<dt>(.*?)</dt>', page))
     heads = set(re.findall('<th>(.*?)</th>', page)) - {'arm', 'accuracy %'}
     assert {o for o in heads if re.sub(r' \[.*', '', o) not in meant} == set(), 'columns that are not explained'
@@ -390,6 +414,17 @@ def test_a_page_for_each_digest(tmp_path):
     got = contents(tmp_path/'out')
     assert sorted(got) == ['index.html', *(f'mixed/{d}/{o}' for d in ('34d243ea', '45a0749e') for o in ('report.html', 'table.csv'))]
     assert all(f'mixed/{d}/report.html' in got['index.html'].decode() for d in ('34d243ea', '45a0749e'))
+
+
+def test_an_index_leads_to_folders_of_any_name(tmp_path):
+    name = 'a "b" <i>#1 100% ?q=&amp;'
+    folder_with(tmp_path/'in'/name, *(WOOF/'records').iterdir())
+    (tmp_path/'in'/name/'README.md').write_text('it is <b>bold</b> & "so"')
+    learned_relu_report(tmp_path/'in', out=tmp_path/'out')
+    tags, text = read((tmp_path/'out'/'index.html').read_text(encoding='utf-8'))
+    assert name in text and 'it is <b>bold</b> & "so"' in text and not {'i', 'b'} & {o for o, _ in tags}
+    links = [unquote(urlsplit(a['href']).path) for tag, a in tags if tag == 'a']
+    assert links == [f'{name}/report.html'] and (tmp_path/'out'/links[0]).is_file()
 
 
 def test_broken_records_are_all_named_and_the_rest_is_built(tmp_path):

@@ -9,14 +9,13 @@ __all__ = ['read_records', 'first_paragraph', 'learned_relu_report']
 
 # %% ../../../nbs/api/38_bench.commands.report.ipynb #1d70b7d8
 import re
-from html import escape
 from pathlib import Path
 
 from fastcore.script import call_parse
 
 from ..._files import whole_file
 from ..record import read_record
-from ..report import html_page, html_table, save_report
+from ..report import html_page, save_report
 from ..table import readable, table
 
 # %% ../../../nbs/api/38_bench.commands.report.ipynb #e76f4bd8
@@ -61,17 +60,22 @@ def _check_out(out, folders):
         if out == o or o in out.parents or out/o.name == o:
             raise SystemExit(f'error: out is {str(out)!r}, which would write into the records of {o}, and a record never changes: pass another --out')
 
+def _note(folder, by_digest):
+    if by_digest: return ''
+    return 'None of its records can be read.' if any(folder.glob('records/*.json')) else 'Not training records.'
+
+def _report(folder, out, records):
+    (out/folder).mkdir(parents=True, exist_ok=True)
+    save_report(records, out/folder)
+    first = records[0]
+    return dict(folder=folder.as_posix(), results=readable(table(records)), data=first['data']['name'], digest=first['digest'], runs=len(records))
+
 def _section(folder, out, by_digest):
     readme = folder/'README.md'
-    parts = [f'<h2>{escape(folder.name)}</h2>', f'<p>{escape(first_paragraph(readme.read_text(encoding="utf-8")) if readme.is_file() else "")}</p>']
-    if not by_digest: parts.append('<p>None of its records can be read.</p>' if any(folder.glob('records/*.json')) else '<p>Not training records.</p>')
-    for digest,records in by_digest.items():
-        to = Path(folder.name, *[digest][:len(by_digest) - 1])
-        (out/to).mkdir(parents=True, exist_ok=True)
-        save_report(records, out/to)
-        parts.append(f'{html_table(readable(table(records)))}<p><a href="{escape(to.as_posix())}/report.html">{escape(records[0]["data"]["name"])}, '
-                     f'recipe {escape(digest)}</a>, {len(records)} runs</p>')
-    return '\n'.join(o for o in parts if o != '<p></p>')
+    about = first_paragraph(readme.read_text(encoding='utf-8')) if readme.is_file() else ''
+    own = len(by_digest) > 1 # a folder for each digest
+    tables = [_report(Path(folder.name, digest) if own else Path(folder.name), out, records) for digest,records in by_digest.items()]
+    return dict(folder=folder.name, about=about, note=_note(folder, by_digest), tables=tables)
 
 @call_parse
 def learned_relu_report(
@@ -89,8 +93,7 @@ def learned_relu_report(
         by_digest,wrong = read_records(folder)
         sections.append(_section(folder, to, by_digest))
         broken += wrong
-    intro = '<h1>Records</h1><p>Each ±1 %: the boards of Imagenette and Imagewoof warn of so much between runs of one recipe.</p>'
     with whole_file(to/'index.html') as temp:
-        temp.write_text(html_page('learned_relu: records', '\n'.join([intro, *sections])), encoding='utf-8')
+        temp.write_text(html_page('index.html', dict(sections=sections)), encoding='utf-8')
     print(Path(out)/'index.html')
     if broken: raise SystemExit('\n'.join([f'error: {len(broken)} records cannot be read, the others are reported on:', *broken]))
