@@ -48,7 +48,7 @@ def test_the_torch_ring_works_without_fastai():
 
 
 def test_everything_can_be_imported_without_the_extra():
-    code = ("import sys\nfor o in 'accelerate statsmodels mlxtend tomli'.split(): sys.modules[o] = None"
+    code = ("import sys\nfor o in 'accelerate statsmodels mlxtend tomli tomli_w'.split(): sys.modules[o] = None"
             "\nimport learned_relu.all as o; assert o.Recipe().size == 28 and o.EpochCheckpoint and o.on_all_processes")
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
 
