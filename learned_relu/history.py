@@ -38,7 +38,8 @@ def plot_means(
         one = _of_kind(history, kind)
         last = one.layer.nunique() - 1
         for i,(name,rows) in enumerate(one.groupby('layer', sort=False)):
-            ax.plot(rows.step, rows['mean'], color=_shades(i/max(last, 1)), lw=1, label=name if i in (0, last) else None)
+            label = name if i in (0, last) else None
+            ax.plot(rows.step, rows['mean'], color=_shades(i/max(last, 1)), lw=1, label=label)
         ax.update_datalim([(one.step.iloc[0], o) for o in _ends(one['mean'].to_numpy())])
         ax.autoscale_view()
         ax.ticklabel_format(axis='y', useOffset=False)
@@ -49,7 +50,8 @@ def plot_means(
 # %% ../nbs/api/05_history.ipynb #79a36799
 _words = dict(mean='mean over channels', std='deviation over channels', min='lowest channel', max='highest channel',
               grad='rms of the gradient', at_low='share at the lower bound', at_high='share at the upper bound',
-              clipped='share of outputs clipped', negative='share of outputs below 0', near_zero='share of outputs near 0')
+              clipped='share of outputs clipped', negative='share of outputs below 0',
+              near_zero='share of outputs near 0')
 
 def _spaced(count, n): return np.unique(np.linspace(0, count - 1, min(n, count)).astype(int))
 
@@ -100,7 +102,7 @@ def plot_curves(
     n:int=5, # moments to draw at most, evenly spaced over the history
     views:tuple=('whole',), # rows of the figure: 'whole', 'bend' (around 0), 'change' (since the start)
 ): # array of axes, a row per view, a column per layer
-    "Curves of the first, the middle and the last layer as they evolve; `ValueError` if no layer has a curve."
+    "Curves of the first, the middle and the last layer as they evolve, beside the plain ReLU."
     recorded = list(dict.fromkeys(values.index.get_level_values('layer')))
     layers = [o for o in recorded if o in curves]
     if not layers: raise ValueError(f'curves has {list(curves)}, none of which was recorded: pass some of {recorded}')

@@ -68,7 +68,8 @@ def plot_pairs(
     for i,(arm,d) in enumerate(found):
         if len(d) > 1:
             ax.plot(interval(d), [i, i], color='C1', lw=6, alpha=.6, solid_capstyle='butt', label='95 % interval, t')
-            ax.plot(bootstrap_interval(d), [i + .22]*2, color='C2', lw=2, marker='|', ms=8, label='95 % interval, bootstrap')
+            below = [i + .22]*2
+            ax.plot(bootstrap_interval(d), below, color='C2', lw=2, marker='|', ms=8, label='95 % interval, bootstrap')
         ax.plot(d, [i]*len(d), 'o', color='C0', ms=5, label='seeds')
         ax.plot(d.mean(), i, 'D', color='k', mfc='none', ms=9, label='mean')
     ax.set_yticks(range(len(found)), [f'{o} (n={len(d)})' for o,d in found])

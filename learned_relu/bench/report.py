@@ -25,19 +25,21 @@ from .table import board_rows, leaderboard, readable, readable_tests, table
 # %% ../../nbs/api/34_bench.report.ipynb #c9f1400e
 def _tomli_w():
     try: import tomli_w
-    except ImportError as e: raise ImportError('Writing a recipe needs tomli-w: pip install "learned_relu[bench]"') from e
+    except ImportError as e:
+        raise ImportError('Writing a recipe needs tomli-w: pip install "learned_relu[bench]"') from e
     return tomli_w
 
 def _entry(key, value):
     if value is None: return f'# {_entry(key, "").rpartition(" = ")[0]} is not set\n'
     try: return _tomli_w().dumps({key: value})
     except TypeError as e:
-        raise TypeError(f'{key} is {value!r}: pass a number, a string, a boolean, or a list or dictionary of them') from e
+        accepted = 'a number, a string, a boolean, or a list or dictionary of them'
+        raise TypeError(f'{key} is {value!r}: pass {accepted}') from e
 
 def recipe_toml(
-    recipe:dict, # names to numbers, strings, booleans, or lists or dictionaries of them; None is left out, with a comment
+    recipe:dict, # names to numbers, strings, booleans, or lists or dictionaries of them; None becomes a comment
 ) -> str: # TOML
-    "A recipe as TOML that reads back as it was, tables last; `TypeError` for other values, `ImportError` without tomli-w."
+    "A recipe as TOML that reads back as it was, tables last; `TypeError` for other values."
     entries = [_entry(k, v) for k,v in recipe.items()]
     return ''.join(sorted(entries, key=lambda o: o.startswith('[')))
 

@@ -68,13 +68,14 @@ def _report(folder, out, records):
     (out/folder).mkdir(parents=True, exist_ok=True)
     save_report(records, out/folder)
     first = records[0]
-    return dict(folder=folder.as_posix(), results=readable(table(records)), data=first['data']['name'], digest=first['digest'], runs=len(records))
+    return dict(folder=folder.as_posix(), results=readable(table(records)), data=first['data']['name'],
+                digest=first['digest'], runs=len(records))
 
 def _section(folder, out, by_digest):
     readme = folder/'README.md'
     about = first_paragraph(readme.read_text(encoding='utf-8')) if readme.is_file() else ''
-    own = len(by_digest) > 1 # a folder for each digest
-    tables = [_report(Path(folder.name, digest) if own else Path(folder.name), out, records) for digest,records in by_digest.items()]
+    def place(digest): return Path(folder.name, digest) if len(by_digest) > 1 else Path(folder.name)
+    tables = [_report(place(k), out, records) for k,records in by_digest.items()]
     return dict(folder=folder.name, about=about, note=_note(folder, by_digest), tables=tables)
 
 @call_parse
