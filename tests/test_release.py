@@ -37,10 +37,15 @@ def built(tmp_path_factory):
     return wheel, sdist
 
 
+def held_by(folder):
+    files = [o for o in (folder/'learned_relu').rglob('*') if o.is_file() and '__pycache__' not in o.parts]
+    assert {'.py', '.html'} <= {o.suffix for o in files}, 'modules and templates'
+    return {o.relative_to(folder).as_posix() for o in files}
+
+
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     with zipfile.ZipFile(built[0]) as f: names = f.namelist()
-    modules = {o.relative_to(REPO).as_posix() for o in (REPO/'learned_relu').rglob('*.py')}
-    assert modules <= set(names) and {o.split('/')[0] for o in names} == {'learned_relu', f'learned_relu-{learned_relu.__version__}.dist-info'}
+    assert held_by(REPO) <= set(names) and {o.split('/')[0] for o in names} == {'learned_relu', f'learned_relu-{learned_relu.__version__}.dist-info'}
 
 
 def test_the_metadata_says_what_users_and_tools_need(built):
@@ -60,12 +65,13 @@ def test_the_metadata_says_what_users_and_tools_need(built):
 def installed(package, to):
     pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation', '--target']
     subprocess.run([*pip, to, package], check=True)
-    return {o.relative_to(to).as_posix(): o.read_bytes() for o in (to/'learned_relu').rglob('*.py')}
+    return {o: (to/o).read_bytes() for o in held_by(to)}
 
 
 def test_what_was_built_installs_imports_and_trains(built, tmp_path):
     to = tmp_path/'wheel'
-    assert installed(built[0], to) == installed(built[1], tmp_path/'sdist') != {}
+    assert installed(built[0], to) == installed(built[1], tmp_path/'sdist')
+    assert held_by(to) == held_by(REPO)
     env = os.environ | dict(PYTHONPATH=str(to), PYTHONWARNINGS='ignore')
     def python(*args): return subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     assert Path(python('-c', TRAINS).splitlines()[-1]).is_relative_to(to) # and not the checkout

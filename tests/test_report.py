@@ -3,8 +3,10 @@ import base64
 import re
 import shutil
 import sys
+from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,13 +17,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from learned_relu import _files
 from learned_relu.bench import report
 from learned_relu.bench.arms import Arm
 from learned_relu.bench.commands.report import first_paragraph, learned_relu_report
 from learned_relu.bench.compare import compare
 from learned_relu.bench.figures import STARTS, plot_accuracy, plot_pairs, plot_params, plot_shapes, shape_values, shapes
 from learned_relu.bench.record import read_record, read_records
-from learned_relu.bench.report import recipe_toml, report_page, save_report
+from learned_relu.bench.report import check_report, recipe_toml, report_page, save_report
 from learned_relu.bench.stats import accuracy_at, bootstrap_interval, epoch_ends, equal_time, holm, interval, p_value, paired, pairs_needed, signs
 from learned_relu.bench.table import board_rows, leaderboard, readable, readable_tests, table
 from learned_relu.layers import LearnedRelu
@@ -287,6 +290,53 @@ def test_every_figure_has_labelled_axes_and_room_for_them(draw):
     assert all(o.get_ylabel() for o in fig.axes if o not in plots)
 
 
+HOSTILE = ['$\\frac{$', 'a$_b$ \\$c\\$', '<script>alert("1")</script>', "it's & \"so\"", '_private', '{{ name }} {% raw %}']
+
+
+def hostile_records():
+    tele = telemetry(['leak', 'sub', 'maxv'], layers=HOSTILE)
+    named = dict(data=dict(name=HOSTILE[2], fingerprint=HOSTILE[3]), recipe=dict(arch=HOSTILE[0], size=128, epochs=2, note=HOSTILE[2]))
+    return [record(o, s, .5 + s/100, telemetry=tele, **named) for o in ('relu', *HOSTILE) for s in (0, 1)]
+
+
+def texts_of(fig): return [o.get_text() for o in fig.findobj(plt.Text)]
+
+
+def test_names_are_drawn_letter_by_letter():
+    records = hostile_records()
+    once = [dict(r, accuracy=r['accuracy'][-1:]) for r in records]
+    figures = [plot_accuracy(records), plot_accuracy(once), plot_pairs(records), *(f(r) for f in (plot_params, plot_shapes) for r in records[2::2])]
+    for fig in figures:
+        fig.canvas.draw()  # where a formula that is none is an error
+        assert not any(o.get_parse_math() for o in fig.findobj(plt.Text) if '$' in o.get_text())
+    for fig, each in zip(figures[:3], ('{} (n=2)', '{}\n(n=2)', '{} (n=2)'), strict=True):
+        assert {each.format(o) for o in HOSTILE if fig is not figures[0] or o[0] != '_'} <= {*texts_of(fig)}
+    for fig, arm in zip(figures[3:], HOSTILE*2, strict=True): assert any(arm in o for o in texts_of(fig))
+    assert {*HOSTILE} <= {*texts_of(figures[3])} and f'layer {HOSTILE[0]}' in texts_of(figures[9])
+
+
+def read(page):
+    "Tags, attributes and text of a page, as a browser has them"
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.handle_data = found.append
+    parser.feed(page)
+    return [o for o in found if not isinstance(o, str)], ''.join(o for o in found if isinstance(o, str))
+
+
+def test_names_are_written_letter_by_letter():
+    tags, text = read(report_page(hostile_records()))
+    own = 'html head meta title style body h1 h2 table thead tbody tr th td p a figure img figcaption dl dt dd pre code'.split()
+    assert {o for o, _ in tags} == {*own}
+    assert {k for _, a in tags for k in a} <= {*'lang charset name content style class border href alt src'.split()}, 'a name opened an attribute'
+    assert all(text.count(o) >= 3 for o in HOSTILE), 'in two tables and the board'
+    alts = [a['alt'] for tag, a in tags if tag == 'img']
+    assert all(f'Curves of three layers of {o}, seed 0 over' in ' '.join(alts) for o in HOSTILE)
+    assert f'# Runs | Arm |\n| -- | -- | -- | -- | -- |\n| 128 | 2 | 50.50% | 2, mean | relu |\n| 128 | 2 | 50.50% | 2, mean | {HOSTILE[0]} |' in text
+    assert f'Data {HOSTILE[2]}, fingerprint {HOSTILE[3]};' in text and f'{HOSTILE[2]}: {HOSTILE[0]}' in text
+
+
 def test_a_page_without_pairs_or_telemetry_and_with_strange_names():
     page = report_page(RECORDS[3:])
     assert plot_pairs(RECORDS[3:]) is None and plot_params(RECORDS[3]) is None
@@ -297,7 +347,7 @@ def test_a_page_holds_what_a_reader_needs():
     page = report_page(read_records(WOOF)[0]['34d243ea'])
     assert page.count('<img alt=') == page.count('<figcaption>') == 4 and not re.search(r'src="http|<link|<script|@import', page)
     assert 'https://github.com/fastai/imagenette' in page and '±1 %' in page and '| 64 | 2 | 41.10% | 1 | learned |' in page
-    assert 'size = 64\n' in page and 'data = &quot;imagewoof2-160&quot;' in page
+    assert 'size = 64\n' in page and 'data = &#34;imagewoof2-160&#34;' in page
     meant = ' '.join(re.findall('<dt>(.*?)</dt>', page))
     heads = set(re.findall('<th>(.*?)</th>', page)) - {'arm', 'accuracy %'}
     assert {o for o in heads if re.sub(r' \[.*', '', o) not in meant} == set(), 'columns that are not explained'
@@ -309,12 +359,18 @@ values = st.recursive(st.booleans() | st.integers() | st.floats(allow_nan=False)
                       lambda o: st.lists(o, max_size=3) | st.dictionaries(texts, o, max_size=3), max_leaves=5)
 
 
+def typed(o):
+    "Everything in `o` with its type; the order of keys means nothing in TOML, where tables come last"
+    if isinstance(o, dict): return {k: typed(v) for k, v in o.items()}
+    return [typed(v) for v in o] if isinstance(o, list) else repr(o)
+
+
 @settings(deadline=None)
 @given(st.dictionaries(texts, values, max_size=6))
 def test_a_recipe_reads_back_as_it_was(recipe):
     tomllib = pytest.importorskip('tomllib')
     back = tomllib.loads(recipe_toml(recipe))
-    assert back == recipe and repr(back) == repr(recipe), 'types count too'
+    assert back == recipe and typed(back) == typed(recipe), 'types count too'
 
 
 def test_real_recipes_read_back_and_what_is_not_set_is_a_comment():
@@ -324,16 +380,31 @@ def test_real_recipes_read_back_and_what_is_not_set_is_a_comment():
         assert tomllib.loads(recipe_toml(recipe)) == {k: v for k, v in recipe.items() if v is not None}
         assert all(f'# {k} is not set' in recipe_toml(recipe) for k, v in recipe.items() if v is None)
     assert tomllib.loads(recipe_toml(dict(a=1, pool=None))) == dict(a=1) and '# pool is not set' in recipe_toml(dict(pool=None))
-    with pytest.raises(TypeError, match='pool is'): recipe_toml(dict(pool={1}))
+    for wrong in ({1}, [1, None], dict(a=[b'']), {1: 2}):
+        with pytest.raises(TypeError, match='pool is.*pass a number'): recipe_toml(dict(size=1, pool=wrong))
+
+
+def test_what_is_not_set_stays_in_its_place_and_cannot_leave_its_comment():
+    tomllib = pytest.importorskip('tomllib')
+    text = recipe_toml({'lr': .1, 'mom': None, 'own': dict(a=1), 'a\nb = 1': None, 'wd': 0})
+    assert text == 'lr = 0.1\n# mom is not set\n# "a\\nb = 1" is not set\nwd = 0\n[own]\na = 1\n'
+    assert tomllib.loads(text) == dict(lr=.1, wd=0, own=dict(a=1))
+
+
+def test_tomli_w_is_asked_for_by_name_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tomli_w', None)
+    for ask in (check_report, lambda: recipe_toml(dict(a=1)), lambda: save_report(RECORDS, tmp_path)):
+        with pytest.raises(ImportError, match=r'tomli-w: pip install "learned_relu\[bench\]"'): ask()
+    assert not contents(tmp_path)
 
 
 def test_a_report_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch):
     save_report(RECORDS, tmp_path)
     before = contents(tmp_path)
     assert sorted(before) == ['report.html', 'table.csv']
-    monkeypatch.setattr(report.os, 'replace', lambda *_: 1/0)
+    monkeypatch.setattr(_files.os, 'replace', lambda *_: 1/0)
     with pytest.raises(ZeroDivisionError): save_report(RECORDS[:3], tmp_path)
-    assert {k: v for k, v in contents(tmp_path).items() if not k.startswith('.')} == before
+    assert contents(tmp_path) == before
 
 
 def contents(path): return {o.relative_to(path).as_posix(): o.read_bytes() for o in sorted(Path(path).rglob('*')) if o.is_file()}
@@ -366,6 +437,17 @@ def test_a_page_for_each_digest(tmp_path):
     got = contents(tmp_path/'out')
     assert sorted(got) == ['index.html', *(f'mixed/{d}/{o}' for d in ('34d243ea', '45a0749e') for o in ('report.html', 'table.csv'))]
     assert all(f'mixed/{d}/report.html' in got['index.html'].decode() for d in ('34d243ea', '45a0749e'))
+
+
+def test_an_index_leads_to_folders_of_any_name(tmp_path):
+    name = 'a "b" <i>#1 100% ?q=&amp;'
+    folder_with(tmp_path/'in'/name, *(WOOF/'records').iterdir())
+    (tmp_path/'in'/name/'README.md').write_text('it is <b>bold</b> & "so"')
+    learned_relu_report(tmp_path/'in', out=tmp_path/'out')
+    tags, text = read((tmp_path/'out'/'index.html').read_text(encoding='utf-8'))
+    assert name in text and 'it is <b>bold</b> & "so"' in text and not {'i', 'b'} & {o for o, _ in tags}
+    links = [unquote(urlsplit(a['href']).path) for tag, a in tags if tag == 'a']
+    assert links == [f'{name}/report.html'] and (tmp_path/'out'/links[0]).is_file()
 
 
 def test_broken_records_are_all_named_and_the_rest_is_built(tmp_path):

@@ -11,7 +11,7 @@ import learned_relu
 ROOT = Path(learned_relu.__file__).parent
 TORCH = ('_files _torch reference kernels.layout kernels.build kernels.eager kernels.cpu kernels.cpu_batchnorm kernels.triton '
          'kernels.dispatch functional surrogate act_layer layers batchnorm '
-         'params trace patch plot caps').split()
+         'params trace patch plot history caps').split()
 modules = sorted(o.relative_to(ROOT) for o in ROOT.rglob('*.py') if o.name not in ('__init__.py', '_modidx.py', 'all.py'))
 
 
@@ -49,7 +49,7 @@ def test_the_torch_ring_works_without_fastai():
 
 
 def test_everything_can_be_imported_without_the_extra():
-    code = ("import sys\nfor o in 'accelerate statsmodels mlxtend tomli'.split(): sys.modules[o] = None"
+    code = ("import sys\nfor o in 'accelerate statsmodels mlxtend tomli tomli_w'.split(): sys.modules[o] = None"
             "\nimport learned_relu.all as o; assert o.Recipe().size == 28 and o.EpochCheckpoint and o.on_all_processes")
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
 

@@ -18,7 +18,7 @@ from .data import Source
 from .distributed import first
 from .recipe import Recipe
 from .record import in_use, read_record, record_name, records_dir, write_record
-from .report import save_report
+from .report import check_report, save_report
 from .run import train_run
 from .stats import check_statistics
 
@@ -55,6 +55,7 @@ def compare(
 ) -> str: # the table as text; empty in all processes but the first
     "Make the runs that are missing, seed by seed, and report on all of this recipe that `out` holds."
     check_statistics()
+    check_report()
     source.check_bs(recipe.bs)
     path = records_dir(out)
     mark = source.digest(recipe)

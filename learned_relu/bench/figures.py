@@ -14,43 +14,53 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
 from .stats import bootstrap_interval, interval, paired
 from .table import BOARD_NOISE
 from ..functional import learned_relu
+from ..history import mean_values, plot_curves, plot_map
 from ..layers import LearnedRelu
+from ..plot import curves_of
 
 # %% ../../nbs/api/34_bench.figures.ipynb #ededf08f
+_literal = plt.rc_context({'text.parse_math': False}) # names in records are no formulas
+
+@_literal
 def plot_accuracy(
     records:list, # records of one recipe
 ): # a figure
     "Accuracy by epoch: each run faint, each arm its mean and a band from its lowest to its highest run."
     fig,ax = plt.subplots(figsize=(7, 4), layout='constrained')
     names = list(dict.fromkeys(r['arm'] for r in records))
+    labels = []
     for i,arm in enumerate(names):
         ys = np.array([r['accuracy'] for r in records if r['arm'] == arm])*100
-        x = np.arange(1, ys.shape[1] + 1) if ys.shape[1] > 1 else np.array([i])
+        curves = ys.shape[1] > 1
+        x = np.arange(1, ys.shape[1] + 1) if curves else np.array([i])
         how = dict(color=f'C{i}', ls=':' if arm == 'relu' else '-')
+        labels.append(f'{arm} (n={len(ys)})')
         ax.plot(x, ys.T, **how, marker='.', lw=.7, alpha=.4)
-        ax.plot(x, ys.mean(0), **how, marker='o', ms=8 if len(x) == 1 else 4, lw=2, label=f'{arm} (n={len(ys)})')
-        if len(x) > 1: ax.fill_between(x, ys.min(0), ys.max(0), color=f'C{i}', alpha=.12, lw=0)
+        ax.plot(x, ys.mean(0), **how, marker='o', ms=4 if curves else 8, lw=2, label=labels[-1])
+        if curves: ax.fill_between(x, ys.min(0), ys.max(0), color=f'C{i}', alpha=.12, lw=0)
         else: ax.plot([i, i], [ys.min(), ys.max()], color=f'C{i}', lw=6, alpha=.2, solid_capstyle='butt')
     ax.set(xlabel='epoch', ylabel='accuracy, %', title='Accuracy: runs, their mean, and their range')
-    if len(x) > 1: ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1)); ax.legend()
+    if curves:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        ax.legend()
     else:
         ax.set(xlabel='arm, after one epoch', xlim=(-.5, len(names) - .5))
-        ax.set_xticks(range(len(names)), [o.get_label().replace(' (', '\n(') for o in ax.lines if not o.get_label().startswith('_')])
+        ax.set_xticks(range(len(names)), [o.replace(' (', '\n(') for o in labels])
     return fig
 
 # %% ../../nbs/api/34_bench.figures.ipynb #0051a93e
+@_literal
 def plot_pairs(
     records:list, # records of one recipe
 ): # a figure, or None where nothing is paired
     "Paired differences of final accuracy to `relu`, with 95 % intervals of Student's t and of the bootstrap."
-    found = [(o, d) for o in dict.fromkeys(r['arm'] for r in records) if o != 'relu' and len(d := paired(records, o, 'relu')*100)]
+    arms = dict.fromkeys(r['arm'] for r in records if r['arm'] != 'relu')
+    found = [(o, d) for o in arms if len(d := paired(records, o, 'relu')*100)]
     if not found: return None
     fig,ax = plt.subplots(figsize=(7, 1.8 + .6*len(found)), layout='constrained')
     ax.axvspan(-BOARD_NOISE, BOARD_NOISE, color='grey', alpha=.15, lw=0, label='noise of the boards, ±1 point')
@@ -58,10 +68,12 @@ def plot_pairs(
     for i,(arm,d) in enumerate(found):
         if len(d) > 1:
             ax.plot(interval(d), [i, i], color='C1', lw=6, alpha=.6, solid_capstyle='butt', label='95 % interval, t')
-            ax.plot(bootstrap_interval(d), [i + .22]*2, color='C2', lw=2, marker='|', ms=8, label='95 % interval, bootstrap')
+            below = [i + .22]*2
+            ax.plot(bootstrap_interval(d), below, color='C2', lw=2, marker='|', ms=8, label='95 % interval, bootstrap')
         ax.plot(d, [i]*len(d), 'o', color='C0', ms=5, label='seeds')
         ax.plot(d.mean(), i, 'D', color='k', mfc='none', ms=9, label='mean')
-    ax.set(yticks=range(len(found)), yticklabels=[f'{o} (n={len(d)})' for o,d in found], xlabel='accuracy minus that of relu with the same seed, points of percent',
+    ax.set_yticks(range(len(found)), [f'{o} (n={len(d)})' for o,d in found])
+    ax.set(xlabel='accuracy minus that of relu with the same seed, points of percent',
            title='Paired differences to relu', ylim=(len(found) - .4, -.6))
     ax.set_xlim(min(ax.get_xlim()[0], -1.5), max(ax.get_xlim()[1], 1.5))
     keys = dict(zip(*ax.get_legend_handles_labels()[::-1]))
@@ -69,6 +81,7 @@ def plot_pairs(
     return fig
 
 # %% ../../nbs/api/34_bench.figures.ipynb #3bf20d2b
+@_literal
 def plot_params(
     record:dict, # of one run
 ): # a figure, or None where the run has no telemetry
@@ -76,68 +89,49 @@ def plot_params(
     if not record.get('telemetry'): return None
     df = pd.DataFrame(record['telemetry'])
     kinds,layers = list(dict.fromkeys(df.kind)),list(dict.fromkeys(df.layer))
-    fig,axs = plt.subplots(1, len(kinds), figsize=(2 + 3*len(kinds), 1.5 + .16*len(layers)), squeeze=False, sharey=True, layout='constrained')
-    for ax,k in zip(axs[0], kinds):
-        grid = df[df.kind == k].pivot(index='layer', columns='step', values='mean').reindex(layers)
-        low,high = np.nanmin(grid), np.nanmax(grid)
-        pad = max(0., .001*abs(high) - (high - low))/2 # a scale finer than a thousandth of the value shows rounding
-        im = ax.imshow(grid, aspect='auto', interpolation='nearest', vmin=low - pad, vmax=high + pad)
-        at = np.linspace(0, grid.shape[1]-1, min(5, grid.shape[1])).astype(int)
-        ax.set_xticks(at, grid.columns[at])
-        ax.set_yticks(range(len(layers)), layers, fontsize=7)
-        ax.set(title=k, xlabel='optimizer step')
-        fig.colorbar(im, ax=ax, label='mean over channels').formatter.set_useOffset(False)
-    axs[0,0].set_ylabel('layer, depth downwards')
+    size = 2 + 3*len(kinds), 1.5 + .16*len(layers)
+    fig,axs = plt.subplots(1, len(kinds), figsize=size, squeeze=False, sharey=True, layout='constrained')
+    for ax,kind in zip(axs[0], kinds):
+        plot_map(df, kind, ax=ax, layers=layers).set_title(kind)
+        ax.label_outer()
     fig.suptitle(f'Learned parameters: {record["arm"]}, seed {record["seed"]}')
     return fig
 
 # %% ../../nbs/api/34_bench.figures.ipynb #64c39a89
-STARTS = {k: inspect.signature(LearnedRelu).parameters[k].default for k in ('leak', 'sub', 'maxv')} # for records that do not say what was fixed
+_spelled = inspect.signature(LearnedRelu).parameters
+STARTS = {k: _spelled[k].default for k in ('leak', 'sub', 'maxv')} # for records that do not say what was fixed
 
 def shape_values(
     record:dict, # of one run
 ) -> pd.DataFrame: # index (layer, step), columns leak, sub and maxv; empty where the run learned no such curve
     "The mean parameters of each layer's curve at each recorded step."
-    df,known = pd.DataFrame(record.get('telemetry') or {}, columns=['layer', 'step', 'kind', 'mean']),record.get('fixed', STARTS)
+    df = pd.DataFrame(record.get('telemetry') or {}, columns=['layer', 'step', 'kind', 'mean'])
+    known = record.get('fixed', STARTS)
     kinds = set(df.kind)
-    if not kinds or kinds - STARTS.keys() or STARTS.keys() - kinds - known.keys(): return pd.DataFrame(columns=list(STARTS))
-    order = list(dict.fromkeys(df.layer))
-    wide = df.pivot(index=['layer', 'step'], columns='kind', values='mean').assign(**{k: known[k] for k in STARTS.keys() - kinds})
-    return wide[list(STARTS)].reindex(order, level='layer')
+    missing = STARTS.keys() - kinds
+    if not kinds or kinds - STARTS.keys() or missing - known.keys(): return pd.DataFrame(columns=list(STARTS))
+    return mean_values(df).assign(**{k: known[k] for k in missing})[list(STARTS)]
 
 def shapes(
     values:pd.DataFrame, # columns leak, sub and maxv
     x:np.ndarray, # inputs, in units of the activation
 ) -> np.ndarray: # outputs, (rows of `values`, inputs)
     "The curve that each row of parameters makes."
-    def curve(row): return learned_relu(torch.as_tensor(x), *(torch.tensor(v, dtype=torch.float64) for v in row), impl='eager').numpy()
-    return np.stack([curve(o) for o in values[list(STARTS)].itertuples(index=False)])
+    def curve(x, values, channel_dim): return learned_relu(x, **values, channel_dim=channel_dim, impl='eager')
+    values = {k: torch.tensor(values[k].to_numpy(dtype=float)) for k in STARTS}
+    return curves_of(curve, values, torch.as_tensor(x)).numpy()
 
 # %% ../../nbs/api/34_bench.figures.ipynb #5a42dcc1
+@_literal
 def plot_shapes(
     record:dict, # of one run
     n:int=9, # curves per layer at most, evenly spaced in time
 ): # a figure, or None where the run learned no curve of `leak`, `sub` and `maxv`
-    "The curve of the first, the middle and the last layer as it evolves, beside the plain ReLU: whole, around its bend, and what has changed since the start."
+    "`plot_curves` of a run: whole, around the bend, and what has changed since the start."
     values = shape_values(record)
     if not len(values): return None
-    layers = list(dict.fromkeys(values.index.get_level_values('layer')))
-    some = list(dict.fromkeys([layers[0], layers[len(layers)//2], layers[-1]]))
-    x = np.linspace(-3., 1.2*(values.maxv + values['sub']).max(), 400)
-    steps = values.index.get_level_values('step')
-    tint = ScalarMappable(Normalize(steps.min(), steps.max()), 'viridis')
-    fig,axs = plt.subplots(3, len(some), figsize=(1 + 3*len(some), 7.5), squeeze=False, sharey='row', layout='constrained')
-    for (top,near,low),k in zip(axs.T, some):
-        v = values.loc[k]
-        ys = shapes(v, x)
-        for i in np.unique(np.linspace(0, len(v)-1, min(n, len(v))).astype(int)):
-            for ax,y in zip((top, near, low), (ys[i], ys[i], ys[i] - ys[0])): ax.plot(x, y, color=tint.to_rgba(v.index[i]), lw=1.2)
-        for ax in (top, near): ax.plot(x, x.clip(0), ':', color='grey', label='ReLU')
-        top.set(title=f'layer {k}')
-        near.set(xlim=(-3, 1), ylim=(-.6, 1))
-        low.set(xlabel='input, units of the activation')
-    for ax,o in zip(axs[:,0], ('output', 'output, around the bend', 'output minus that at the start')): ax.set_ylabel(o)
-    axs[0,0].legend()
-    fig.colorbar(tint, ax=axs, label='optimizer step')
+    curves = dict.fromkeys(values.index.get_level_values('layer'), shapes)
+    lim = -3., 1.2*(values['maxv'] + values['sub']).max()
+    fig = plot_curves(values, curves, lim, n, ('whole', 'bend', 'change'))[0, 0].figure
     fig.suptitle(f'The curve of the mean channel, {record["arm"]}, seed {record["seed"]}')
     return fig

@@ -11,33 +11,40 @@ __all__ = ['BOARD_NOISE', 'table', 'readable', 'readable_tests', 'leaderboard', 
 import numpy as np
 import pandas as pd
 
-from .stats import bootstrap_interval, equal_time, holm, interval, p_value, paired, pairs_needed, signs, time_ratio
+from .stats import (bootstrap_interval, equal_time, holm, interval, p_value, paired, pairs_needed,
+                                      signs, time_ratio)
 
 # %% ../../nbs/api/34_bench.table.ipynb #5705dcde
 BOARD_NOISE = 1. # points of percent between runs, by the README of fastai/imagenette
 
-def _versus(records, arm, base):
-    d = paired(records, arm, base)*100 if arm != base else np.array([])
+def _finals(records, arm): return np.array([r['accuracy'][-1] for r in records if r['arm'] == arm])*100
+
+def _versus(base, d):
     low,high = interval(d)
-    return d,{f'vs {base}': d.mean() if len(d) else np.nan, f'vs {base} low': low, f'vs {base} high': high, f'vs {base} n': len(d)}
+    mean = d.mean() if len(d) else np.nan
+    return {f'vs {base}': mean, f'vs {base} low': low, f'vs {base} high': high, f'vs {base} n': len(d)}
 
 def _tests(d):
     low,high = bootstrap_interval(d)
-    return {'vs relu bootstrap low': low, 'vs relu bootstrap high': high, 'vs relu signs': signs(d), 'vs relu p': p_value(d), 'vs relu p holm': np.nan,
-            'pairs needed': pairs_needed(d), 'within board noise': bool(abs(d.mean()) < BOARD_NOISE) if len(d) else None}
+    near = bool(abs(d.mean()) < BOARD_NOISE) if len(d) else None
+    return {'vs relu bootstrap low': low, 'vs relu bootstrap high': high, 'vs relu signs': signs(d),
+            'vs relu p': p_value(d), 'vs relu p holm': np.nan, 'pairs needed': pairs_needed(d),
+            'within board noise': near}
+
+def _row(records, arm):
+    def differences(base): return paired(records, arm, base)*100 if arm != base else np.array([])
+    finals = _finals(records, arm)
+    spread = finals.std(ddof=1) if len(finals) > 1 else np.nan
+    relu = differences('relu')
+    return {'arm': arm, 'n': len(finals), 'accuracy': finals.mean(), 'std': spread,
+            **_versus('relu', relu), **_tests(relu), **_versus('general', differences('general')),
+            'accuracy at relu time': equal_time(records, arm)*100, 'time ratio': time_ratio(records, arm)}
 
 def table(
     records:list, # records of one recipe
-) -> pd.DataFrame: # one row per arm, in order of first appearance; accuracies in percent, differences in points of percent
+) -> pd.DataFrame: # one row per arm, in order of first appearance; accuracies in percent, differences in its points
     "Accuracy, paired differences with intervals and tests, and time; Holm's family is every arm against `relu`."
-    rows = []
-    for arm in dict.fromkeys(r['arm'] for r in records):
-        acc = np.array([r['accuracy'][-1] for r in records if r['arm'] == arm])*100
-        d,relu = _versus(records, arm, 'relu')
-        rows.append(dict(arm=arm, n=len(acc), accuracy=acc.mean(), std=acc.std(ddof=1) if len(acc) > 1 else np.nan) | relu | _tests(d)
-                    | _versus(records, arm, 'general')[1]
-                    | {'accuracy at relu time': equal_time(records, arm)*100, 'time ratio': time_ratio(records, arm)})
-    df = pd.DataFrame(rows)
+    df = pd.DataFrame([_row(records, o) for o in dict.fromkeys(r['arm'] for r in records)])
     return df.assign(**{'vs relu p holm': holm(df['vs relu p'])})
 
 # %% ../../nbs/api/34_bench.table.ipynb #5d801802
@@ -49,35 +56,48 @@ def _with_interval(r, base, method=''):
 
 def _runs(r): return f'{r["n"]}, {r["vs relu n"]} paired' if 0 < r['vs relu n'] < r['n'] else str(r['n'])
 
+def _happened(r):
+    noise = {True: 'yes', False: 'no', None: '-'}
+    return {'arm': r['arm'], 'n': _runs(r), 'accuracy %': _num(r['accuracy']), 'std': _num(r['std']),
+            'vs relu [95 %]': _with_interval(r, 'relu'), 'within board noise': noise[r['within board noise']],
+            'vs general [95 %]': _with_interval(r, 'general'), 'at relu time %': _num(r['accuracy at relu time']),
+            's/epoch vs relu': _num(r['time ratio'], '{:.2f}x')}
+
 def readable(
     df:pd.DataFrame, # as `table` returns it
 ) -> pd.DataFrame: # text cells
     "What happened, rounded, intervals in brackets; '-' where there is nothing to say."
-    noise = {True: 'yes', False: 'no', None: '-'}
-    return pd.DataFrame([{'arm': r['arm'], 'n': _runs(r), 'accuracy %': _num(r['accuracy']), 'std': _num(r['std']), 'vs relu [95 %]': _with_interval(r, 'relu'),
-                          'within board noise': noise[r['within board noise']], 'vs general [95 %]': _with_interval(r, 'general'),
-                          'at relu time %': _num(r['accuracy at relu time']), 's/epoch vs relu': _num(r['time ratio'], '{:.2f}x')} for r in df.to_dict('records')])
+    return pd.DataFrame([_happened(r) for r in df.to_dict('records')])
+
+def _sure(r):
+    return {'arm': r['arm'], 'vs relu [95 % t]': _with_interval(r, 'relu'),
+            'vs relu [95 % bootstrap]': _with_interval(r, 'relu', 'bootstrap '), 'pairs': r['vs relu signs'],
+            'p': _num(r['vs relu p'], '{:.2g}'), 'p, Holm': _num(r['vs relu p holm'], '{:.2g}'),
+            'pairs needed': _num(r['pairs needed'], '{:.0f}')}
 
 def readable_tests(
     df:pd.DataFrame, # as `table` returns it
 ) -> pd.DataFrame: # text cells, one row per arm that has a pair with `relu`
     "How sure the differences to `relu` are, rounded; '-' where there is nothing to say."
-    return pd.DataFrame([{'arm': r['arm'], 'vs relu [95 % t]': _with_interval(r, 'relu'), 'vs relu [95 % bootstrap]': _with_interval(r, 'relu', 'bootstrap '),
-                          'pairs': r['vs relu signs'], 'p': _num(r['vs relu p'], '{:.2g}'), 'p, Holm': _num(r['vs relu p holm'], '{:.2g}'),
-                          'pairs needed': _num(r['pairs needed'], '{:.0f}')} for r in df.to_dict('records') if r['vs relu n']])
+    return pd.DataFrame([_sure(r) for r in df.to_dict('records') if r['vs relu n']])
 
 # %% ../../nbs/api/34_bench.table.ipynb #9bc28c51
+def _board_row(records, arm):
+    runs = [r for r in records if r['arm'] == arm]
+    recipe = runs[0]['recipe']
+    count = f'{len(runs)}, mean' if len(runs) > 1 else '1'
+    return {'Size (px)': str(recipe['size']), 'Epochs': str(recipe['epochs']),
+            'Accuracy': f'{_finals(runs, arm).mean():.2f}%', '# Runs': count, 'Arm': arm}
+
 def leaderboard(
     records:list, # records of one recipe
 ) -> pd.DataFrame: # text cells, one row per arm, in order of first appearance
     "Accuracy as fastai's leaderboards of Imagenette and Imagewoof state it."
-    runs = {o: [r for r in records if r['arm'] == o] for o in dict.fromkeys(r['arm'] for r in records)}
-    return pd.DataFrame([{'Size (px)': str(rs[0]['recipe']['size']), 'Epochs': str(rs[0]['recipe']['epochs']),
-                          'Accuracy': f'{np.mean([r["accuracy"][-1] for r in rs])*100:.2f}%', '# Runs': f'{len(rs)}, mean' if len(rs) > 1 else '1', 'Arm': arm}
-                         for arm,rs in runs.items()])
+    return pd.DataFrame([_board_row(records, o) for o in dict.fromkeys(r['arm'] for r in records)])
 
 def board_rows(
     df:pd.DataFrame, # text cells
 ) -> str: # Markdown
     "A table as Markdown, with its header."
-    return '\n'.join('| ' + ' | '.join(o.replace('|', '\\|') for o in row) + ' |' for row in [df.columns, ['--']*len(df.columns), *df.values])
+    def line(cells): return '| ' + ' | '.join(o.replace('|', '\\|') for o in cells) + ' |'
+    return '\n'.join(map(line, [df.columns, ['--']*len(df.columns), *df.values]))

@@ -11,12 +11,14 @@ __all__ = ['param_stats', 'ActTelemetry']
 from contextlib import ExitStack
 from functools import partial
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
+from .. import history
 from .core import ActCallback, act_order
 from ..params import act_params
+from ..plot import curves_of
 from ..trace import uncompiled
 
 # %% ../../nbs/api/24_callback.telemetry.ipynb #96aa9b82
@@ -27,11 +29,12 @@ def param_stats(
     p:torch.Tensor, # parameter, shape `(num_parameters,)`, with its gradient or without
     low:float, # lower bound
     high:float, # upper bound
-) -> torch.Tensor: # float32, 7 values: mean, std, min, max, root mean square of the gradient, shares at the lower and upper bound
+) -> torch.Tensor: # float32: mean, std, min, max, rms of the gradient, shares at the lower and the upper bound
     "What a record keeps of one parameter."
     v,g = p.detach().float(),p.grad
     rms = v.new_tensor(float('nan')) if g is None else g.float().pow(2).mean().sqrt()
-    return torch.stack([v.mean(), v.std(correction=0), v.min(), v.max(), rms, (v <= low).float().mean(), (v >= high).float().mean()])
+    shares = (v <= low).float().mean(), (v >= high).float().mean()
+    return torch.stack([v.mean(), v.std(correction=0), v.min(), v.max(), rms, *shares])
 
 # %% ../../nbs/api/24_callback.telemetry.ipynb #01527599
 class ActTelemetry(ActCallback):
@@ -41,7 +44,8 @@ class ActTelemetry(ActCallback):
         every:int=10, # optimizer steps between records, at least 1
         activations:bool=False, # also record what flows through the layers
     ):
-        if isinstance(every, bool) or not isinstance(every, int): raise TypeError(f'every is {every!r}: pass a whole number of steps')
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f'every is {every!r}: pass a whole number of steps')
         if every < 1: raise ValueError(f'every is {every}: pass 1 or more optimizer steps')
         self.every,self.activations,self._watching = every,activations,ExitStack()
         self.reset()
@@ -60,118 +64,118 @@ class ActTelemetry(ActCallback):
         "Go on with a history; load it once the fit has begun."
         self._records,self._fit,self._counted = list(map(tuple, state['records'])),state['fit'],state['counted']
 
-    def columns(self): return {k: partial(self._mean, k) for k in dict.fromkeys(o.kind for o in act_params(self.learn.model))}
-    def _mean(self, kind): return torch.cat([o.param.detach().flatten() for o in act_params(self.learn.model) if o.kind == kind]).mean().item()
+    def columns(self):
+        kinds = dict.fromkeys(o.kind for o in act_params(self.learn.model))
+        return {k: partial(self._mean, k) for k in kinds}
+
+    def _mean(self, kind):
+        found = [o.param.detach().flatten() for o in act_params(self.learn.model) if o.kind == kind]
+        return torch.cat(found).mean().item()
 
     def begin(self):
         self._live = not hasattr(self.learn, 'lr_finder')
         if not self._live: return
-        if self.activations and any(hasattr(m, '_orig_mod') for m in self.learn.model.modules()):
-            raise ValueError('torch.compile(model) hides what flows through the model: compile in place, with learn.model.compile(), or pass activations=False')
+        if self.activations: _check_visible(self.learn.model)
         self._fit += 1
         clamp = getattr(self.learn, 'clamp_act_params', None)
         def bounds(o): return clamp.bounds_of(o.layer, o.kind) if clamp else o.layer.bounds_of(o.kind)
         self._acts = [(o, *bounds(o)) for o in act_params(self.learn.model)]
-
-    def before_batch(self):
-        "Watch the layers in a batch that will be recorded."
-        self.after_batch()
-        if not (self.activations and self._live and self._counted % self.every == 0): return
-        self._watching.enter_context(uncompiled(self.learn.model))
-        for m in {o.layer: None for o,*_ in self._acts}: self._watching.callback(m.register_forward_hook(self._watch).remove)
-
-    @torch.no_grad()
-    def _watch(self, m, args, y):
-        y = y.detach()
-        self._flow[m] = torch.stack([m.clipped(y).float().mean(), (y < 0).float().mean(), (y.abs() <= .05).float().mean()])
-
-    def after_batch(self):
-        "Stop watching."
-        self._watching.close()
 
     def stepped(self):
         if not self._live: return
         if self._counted % self.every == 0 and self._acts: self._record()
         self._counted += 1
 
-    def _record(self):
-        nan = torch.full((3,), float('nan'))
-        rows = [torch.cat([param_stats(o.param, low, high), self._flow.get(o.layer, nan).to(o.param.device)]) for o,low,high in self._acts]
-        names = [(o.name, o.kind) for o,*_ in self._acts]
-        self._records.append((self._fit, self.epoch, self._counted, names, torch.stack(rows).cpu()))
-        self._flow = {}
+# %% ../../nbs/api/24_callback.telemetry.ipynb #6a5a5cbe
+def _check_visible(model):
+    if any(hasattr(m, '_orig_mod') for m in model.modules()):
+        raise ValueError('torch.compile(model) hides what flows through the model: '
+                         'compile in place, with learn.model.compile(), or pass activations=False')
 
-    def frame(self):
-        "The history: one row per recorded step, layer and kind; `step` counts optimizer steps over all fits."
-        columns = ['fit', 'epoch', 'step', 'layer', 'kind'] + _columns + ['clipped', 'negative', 'near_zero']
-        rows = [(fit, epoch, step, *name, *map(float, vs)) for fit,epoch,step,names,vals in self._records for name,vs in zip(names, vals)]
-        df = pd.DataFrame(rows, columns=columns)
-        return df if self.activations else df.drop(columns=columns[-3:])
+@patch
+def before_batch(self:ActTelemetry):
+    "Watch the layers in a batch that will be recorded."
+    self.after_batch()
+    if not (self.activations and self._live and self._counted % self.every == 0): return
+    self._watching.enter_context(uncompiled(self.learn.model))
+    for m in {o.layer: None for o,*_ in self._acts}:
+        self._watching.callback(m.register_forward_hook(self._watch).remove)
 
-    def save(self,
-        fname, # path of a CSV file
-    ):
-        "Write the history to a CSV file and return its path."
-        self.frame().to_csv(fname, index=False)
-        return fname
+@patch
+@torch.no_grad()
+def _watch(self:ActTelemetry, m, args, y):
+    y = y.detach()
+    shares = m.clipped(y), y < 0, y.abs() <= .05
+    self._flow[m] = torch.stack([o.float().mean() for o in shares])
 
-    def _history(self):
-        df = self.frame()
-        if df.empty: raise ValueError('There is no history yet: train with this callback first')
-        return df
+@patch
+def after_batch(self:ActTelemetry):
+    "Stop watching."
+    self._watching.close()
 
-    def plot(self,
-        kinds=None, # kinds to draw; None draws all
-    ): # array of axes, one per kind
-        "Mean of each layer against the step, from the first layer (dark) to the last (light)."
-        df = self._history()
-        kinds = list(kinds or dict.fromkeys(df.kind))
-        fig,axs = plt.subplots(1, len(kinds), figsize=(4*len(kinds), 3), squeeze=False, layout='constrained')
-        for ax,k in zip(axs[0], kinds):
-            one = df[df.kind == k]
-            layers = list(dict.fromkeys(one.layer))
-            for i,name in enumerate(layers):
-                d = one[one.layer == name]
-                ax.plot(d.step, d['mean'], color=plt.cm.viridis(i/max(len(layers)-1, 1)*.9), lw=1, label=name if i in (0, len(layers)-1) else None)
-            ax.set(title=f'{k}, mean per layer', xlabel='optimizer step', ylabel=k); ax.legend(fontsize=7)
-        return axs[0]
+@patch
+def _record(self:ActTelemetry):
+    nan = torch.full((3,), float('nan'))
+    def row(o, low, high):
+        return torch.cat([param_stats(o.param, low, high), self._flow.get(o.layer, nan).to(o.param.device)])
+    rows = torch.stack([row(*o) for o in self._acts]).cpu()
+    names = [(o.name, o.kind) for o,*_ in self._acts]
+    self._records.append((self._fit, self.epoch, self._counted, names, rows))
+    self._flow = {}
 
-    def heatmap(self,
-        kind:str='leak', # kind to draw
-        value:str='mean', # column of `frame` to draw
-        ax=None, # axes to draw on
-    ):
-        "`value` of `kind` as a map: depth downwards, time to the right."
-        df = self._history()
-        if kind not in set(df.kind): raise ValueError(f'kind is {kind!r}: pass one of {sorted(set(df.kind))}')
-        if value not in df.columns[5:]: raise ValueError(f'value is {value!r}: pass one of {list(df.columns[5:])}')
-        one = df[df.kind == kind]
-        grid = one.pivot(index='layer', columns='step', values=value).reindex(list(dict.fromkeys(one.layer)))
-        ax = ax or plt.subplots(figsize=(6, 4), layout='constrained')[1]
-        im = ax.imshow(grid.to_numpy(), aspect='auto', interpolation='nearest', cmap='viridis')
-        at = [int(o) for o in torch.linspace(0, grid.shape[1]-1, min(6, grid.shape[1]))]
-        ax.set_xticks(at, [grid.columns[i] for i in at]); ax.set_yticks(range(len(grid)), grid.index, fontsize=7)
-        ax.set(title=f'{kind}: {value}', xlabel='optimizer step', ylabel='layer, input at the top'); ax.figure.colorbar(im, ax=ax)
-        return ax
+# %% ../../nbs/api/24_callback.telemetry.ipynb #0a304e24
+@patch
+def frame(self:ActTelemetry):
+    "The history: one row per recorded step, layer and kind; `step` counts optimizer steps over all fits."
+    flow = ['clipped', 'negative', 'near_zero']
+    columns = ['fit', 'epoch', 'step', 'layer', 'kind'] + _columns + flow
+    rows = [(fit, epoch, step, *name, *map(float, row))
+            for fit,epoch,step,names,values in self._records for name,row in zip(names, values)]
+    df = pd.DataFrame(rows, columns=columns)
+    return df if self.activations else df.drop(columns=flow)
 
-    def plot_curves(self,
-        n:int=5, # moments to draw, evenly spaced over the history
-    ): # array of axes, one per layer
-        "Curve shapes of the first, middle and last layer as they evolve, from their mean parameters."
-        df = self._history()
-        layers = list(dict.fromkeys(df.layer))
-        layers = list(dict.fromkeys([layers[0], layers[len(layers)//2], layers[-1]]))
-        steps = sorted(set(df.step))
-        steps = [steps[int(i)] for i in torch.linspace(0, len(steps)-1, min(n, len(steps)))]
-        fig,axs = plt.subplots(1, len(layers), figsize=(4*len(layers), 3), squeeze=False, layout='constrained')
-        x = torch.linspace(-3, 3, 301)
-        held = {o.name: o.layer for o,*_ in self._acts}
-        for ax,name in zip(axs[0], layers):
-            ax.plot(x, x.relu(), ':', color='grey', label='ReLU')
-            layer = held[name]
-            for i,step in enumerate(steps):
-                d = df[(df.layer == name) & (df.step == step)].set_index('kind')['mean']
-                values = {k: torch.tensor(d[k] if k in d else getattr(layer, k).mean().item()) for k in layer.kinds}
-                ax.plot(x, layer.curve(x[:, None], values, channel_dim=1), color=plt.cm.viridis(i/max(len(steps)-1, 1)*.9), label=f'step {step}')
-            ax.set(title=name, xlabel='x', ylabel='y'); ax.legend(fontsize=7)
-        return axs[0]
+@patch
+def save(self:ActTelemetry,
+    fname, # path of a CSV file
+):
+    "Write the history to a CSV file and return its path."
+    self.frame().to_csv(fname, index=False)
+    return fname
+
+# %% ../../nbs/api/24_callback.telemetry.ipynb #795797bf
+@patch
+def _history(self:ActTelemetry):
+    df = self.frame()
+    if df.empty: raise ValueError('There is no history yet: train with this callback first')
+    return df
+
+@patch
+def plot(self:ActTelemetry,
+    kinds=None, # kinds to draw; None draws all
+): # array of axes, one per kind
+    "Mean of each layer against the step, from the first layer (dark) to the last (light)."
+    return history.plot_means(self._history(), kinds)
+
+@patch
+def heatmap(self:ActTelemetry,
+    kind:str='leak', # kind to draw
+    value:str='mean', # column of `frame` to draw
+    ax=None, # axes to draw on
+): # the axes
+    "`value` of `kind` as a map: depth downwards, time to the right."
+    return history.plot_map(self._history(), kind, value, ax)
+
+def _mean_curves(layer, rows, x):
+    fixed = {k: getattr(layer, k).detach().cpu().double().mean() for k in layer.kinds}
+    learned = rows.dropna(axis=1, how='all') # other layers may have other kinds
+    values = {k: torch.tensor(learned[k].to_numpy()) if k in learned else fixed[k] for k in layer.kinds}
+    return curves_of(layer.curve, values, torch.from_numpy(x)).numpy()
+
+@patch
+def plot_curves(self:ActTelemetry,
+    n:int=5, # moments to draw, evenly spaced over the history
+): # array of axes, one per layer
+    "Curve shapes of the first, middle and last layer as they evolve, from their mean parameters."
+    values = history.mean_values(self._history())
+    curves = {o.name: partial(_mean_curves, o.layer) for o,*_ in self._acts}
+    return history.plot_curves(values, curves, n=n)[0]

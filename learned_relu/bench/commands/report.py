@@ -9,13 +9,13 @@ __all__ = ['first_paragraph', 'learned_relu_report']
 
 # %% ../../../nbs/api/38_bench.commands.report.ipynb #1d70b7d8
 import re
-from html import escape
 from pathlib import Path
 
 from fastcore.script import call_parse
 
+from ..._files import whole_file
 from ..record import read_records
-from ..report import html_page, html_table, save_report, write_whole
+from ..report import html_page, save_report
 from ..table import readable, table
 
 # %% ../../../nbs/api/38_bench.commands.report.ipynb #77c6de12
@@ -45,24 +45,23 @@ def _check_out(out, folders):
             raise SystemExit(f'error: out is {str(out)!r}, which would write into the records of {o}, '
                              'and a record never changes: pass another --out')
 
-def _about(folder):
-    readme = folder/'README.md'
-    said = first_paragraph(readme.read_text(encoding='utf-8')) if readme.is_file() else ''
-    return [f'<h2>{escape(folder.name)}</h2>', *([f'<p>{escape(said)}</p>'] if said else [])]
+def _note(folder, by_digest):
+    if by_digest: return ''
+    return 'None of its records can be read.' if any(folder.glob('records/*.json')) else 'Not training records.'
+
+def _report(folder, out, records):
+    (out/folder).mkdir(parents=True, exist_ok=True)
+    save_report(records, out/folder)
+    first = records[0]
+    return dict(folder=folder.as_posix(), results=readable(table(records)), data=first['data']['name'],
+                digest=first['digest'], runs=len(records))
 
 def _section(folder, out, by_digest):
-    parts = _about(folder)
-    if not by_digest:
-        broken = any(folder.glob('records/*.json'))
-        parts.append('<p>None of its records can be read.</p>' if broken else '<p>Not training records.</p>')
-    for digest,records in by_digest.items():
-        to = Path(folder.name, *[digest][:len(by_digest) - 1])
-        (out/to).mkdir(parents=True, exist_ok=True)
-        save_report(records, out/to)
-        name = f'{escape(records[0]["data"]["name"])}, recipe {escape(digest)}'
-        link = f'<a href="{escape(to.as_posix())}/report.html">{name}</a>'
-        parts.append(f'{html_table(readable(table(records)))}<p>{link}, {len(records)} runs</p>')
-    return '\n'.join(parts)
+    readme = folder/'README.md'
+    about = first_paragraph(readme.read_text(encoding='utf-8')) if readme.is_file() else ''
+    def place(digest): return Path(folder.name, digest) if len(by_digest) > 1 else Path(folder.name)
+    tables = [_report(place(k), out, records) for k,records in by_digest.items()]
+    return dict(folder=folder.name, about=about, note=_note(folder, by_digest), tables=tables)
 
 # %% ../../../nbs/api/38_bench.commands.report.ipynb #92b61fd8
 @call_parse
@@ -78,14 +77,13 @@ def learned_relu_report(
     try: to.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise SystemExit(f'error: out is {out!r}, which cannot be written ({e.strerror}): pass another --out') from e
-    sections = ['<h1>Records</h1><p>Each ±1 %: the boards of Imagenette and Imagewoof warn of so much '
-                'between runs of one recipe.</p>']
-    broken = []
+    sections,broken = [],[]
     for folder in folders:
         by_digest,wrong = read_records(folder)
         sections.append(_section(folder, to, by_digest))
         broken += wrong
-    write_whole(to/'index.html', html_page('learned_relu: records', '\n'.join(sections)))
+    with whole_file(to/'index.html') as temp:
+        temp.write_text(html_page('index.html', dict(sections=sections)), encoding='utf-8')
     print(Path(out)/'index.html')
     said = f'error: {len(broken)} records cannot be read, the others are reported on:'
     if broken: raise SystemExit('\n'.join([said, *broken]))
