@@ -66,7 +66,9 @@ def test_a_run_more_joins_the_report(finished, tmp_path):
 ELSEWHERE = """import os, sys
 sys.modules.update(resource=None, fcntl=None)
 for o in 'pwrite', 'getuid': delattr(os, o)
-from learned_relu.all import Recipe, Source, train_run
+from learned_relu.bench.recipe import Recipe
+from learned_relu.bench.run import Source
+from learned_relu.bench.run import train_run
 r = train_run('learned', 0, Recipe(size=16, bs=8), Source(sys.argv[1], 16, workers=0))
 print(r['peak_memory'], len(r['accuracy']))"""
 

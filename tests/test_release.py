@@ -16,7 +16,8 @@ TRAINS = '''
 from fastai.callback.training import ShortEpochCallback
 from fastai.vision.all import CrossEntropyLossFlat, Learner
 import learned_relu
-from learned_relu.all import LearnedRelu, mnist_dls, plain_xresnet
+from learned_relu.all import LearnedRelu, plain_xresnet
+from learned_relu.bench.data import mnist_dls
 dls, _ = mnist_dls(size=16, bs=64)
 learn = Learner(dls, plain_xresnet('xresnet18', 10, c_in=1), CrossEntropyLossFlat(), cbs=ShortEpochCallback(.05)).to_learned_relu()
 with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
