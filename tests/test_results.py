@@ -1,6 +1,8 @@
 "Numbers that readers are told: each is computed from a record, and stored as it comes out today."
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,15 @@ def test_no_measured_number_is_typed(page):
     settings = r'```.*?```|`[^`]*`|\{fig-alt=.*?\}|Python 3\.\d+|intervals of 95 %|\[95 %\]|Imagewoof at 64 px'
     text = '\n'.join(o for c in read_nb(page).cells if not trains(c) for o in typed(c))
     assert NUMBER.findall(re.sub(settings, '', text, flags=re.S)) == []
+
+
+def test_records_lie_where_they_belong_and_their_index_is_current():
+    subprocess.run([sys.executable, REPO/'tools'/'records.py', '--check'], check=True)
+    folders = [o for o in (REPO/'benchmarks'/'records').glob('*/*') if o.is_dir()]
+    for o in folders:
+        assert re.fullmatch(r'\d{4}-\d\d-\d\d-[a-z0-9-]+', o.name) and (o/'README.md').is_file(), o
+        assert (o.parent.name == 'accuracy') == (o/'records').is_dir() and not (o/'report.html').exists(), o
+    assert len(folders) >= 16
 
 
 def test_the_readme_tells_what_the_page_tells():
