@@ -80,7 +80,7 @@ def test_every_block_of_the_readme_is_run_by_a_check():
     commands = [o.strip() for kind, o in blocks if kind == 'sh']
     begin = 'python3 -m venv .venv && .venv/bin/python -m pip install -q -e ".[dev]" && .venv/bin/'
     assert commands == [begin + 'learned_relu_compare', begin + 'python -m pytest'] # .ci/run runs the second
-    assert (REPO/'benchmarks/recipes/imagewoof-128px-5ep.toml').exists() and 'benchmarks/recipes/imagewoof-128px-5ep.toml' in readme
+    assert (REPO/'benchmarks/recipes/published.toml').exists() and 'benchmarks/recipes/published.toml' in readme
 
 
 def test_the_first_command_does_what_the_readme_says(monkeypatch):
