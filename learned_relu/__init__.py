@@ -1,6 +1,6 @@
 __version__ = "0.0.1"
 
-# The names that need torch alone, by module: each is loaded when it is asked for, so that importing the package costs nothing.
+# The names that need torch alone, by module. Each is loaded when it is asked for: importing the package costs nothing
 _rooms = {
     'functional': 'learned_relu learned_relu_reference',
     'surrogate': 'surrogate_gradient leaky_grad_relu learned_clip symmetric_clip learned_threshold',
@@ -17,8 +17,8 @@ __all__ = list(_room_of)
 
 def __getattr__(name):
     if name not in _room_of:
-        raise AttributeError(f"module 'learned_relu' has no attribute {name!r}: names that need fastai are in learned_relu.all, "
-                             'those of comparisons in the modules of learned_relu.bench')
+        raise AttributeError(f"module 'learned_relu' has no attribute {name!r}: names that need fastai are in "
+                             'learned_relu.all, those of comparisons in the modules of learned_relu.bench')
     from importlib import import_module
     return getattr(import_module(f'learned_relu.{_room_of[name]}'), name)
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from learned_relu.bench.arms import arm_patch
 from learned_relu.bench.cli import learned_relu_compare
-from learned_relu.bench.recipe import read_recipe
 from learned_relu.bench.commands.report import learned_relu_report
 from learned_relu.bench.commands.train import learned_relu_train
+from learned_relu.bench.recipe import read_recipe
 
 PAGES = sorted((Path(__file__).parents[1]/'nbs').rglob('[!.]*.ipynb'))
 UNWANTED = re.compile(r'█|Warning|Traceback|/home/|/root/|/tmp/|/usr/|\\\\Users')

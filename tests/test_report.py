@@ -17,10 +17,10 @@ from scipy import stats
 
 from learned_relu.bench import report
 from learned_relu.bench.cli import compare
+from learned_relu.bench.commands.report import first_paragraph, learned_relu_report, read_records
 from learned_relu.bench.figures import STARTS, plot_accuracy, plot_pairs, plot_params, plot_shapes, shape_values, shapes
 from learned_relu.bench.record import read_record
 from learned_relu.bench.report import recipe_toml, report_page, save_report
-from learned_relu.bench.commands.report import first_paragraph, learned_relu_report, read_records
 from learned_relu.bench.stats import accuracy_at, bootstrap_interval, epoch_ends, equal_time, holm, interval, p_value, paired, pairs_needed, signs
 from learned_relu.bench.table import board_rows, leaderboard, readable, readable_tests, table
 from learned_relu.functional import learned_relu_reference
