@@ -108,5 +108,5 @@ def test_the_site_is_published_after_every_test_by_the_only_job_that_may():
 def test_macos_and_windows_run_tests_that_are_there():
     job = workflow()['jobs']['elsewhere']
     assert job['strategy']['matrix']['os'] == ['macos-latest', 'windows-latest']
-    files = job['steps'][-1]['run'].removeprefix('python -m pytest ').split()
+    files = [o for o in job['steps'][-1]['run'].split() if o.startswith('tests/')]
     assert 'tests/test_rings.py' in files and [o for o in files if not (REPO/o).is_file()] == []
