@@ -220,12 +220,12 @@ def test_a_reader_of_the_reference_meets_layers_first_and_internals_last(browser
     browser.get(url + 'api/index.html')
     parts = [o.text for o in browser.find_elements('css selector', 'main h2')]
     assert parts[0] == 'Layers and models' and parts[-1] == 'Internals'
-    def listed(part): return [o.text for o in browser.find_elements('css selector', f'#{part} tbody tr td:first-child')]
+    def listed(part): return [o.text for o in browser.find_elements('css selector', f'#listing-{part} tbody a')]
     assert listed('layers')[0] == 'Layers' and len(listed('internals')) > 4
-    aside = browser.find_elements('css selector', '#quarto-sidebar .sidebar-item-section .sidebar-item-section .menu-text')
-    texts = [o.get_attribute('textContent') for o in aside]
-    assert [o for o in texts if o in parts] == parts and texts[texts.index('Layers and models') + 1] == 'Layers'
-    assert not set(listed('internals')) & set(texts[:texts.index('Internals')])
+    def aside(which): return [o.get_attribute('textContent') for o in browser.find_elements('css selector', f'#quarto-sidebar {which} .menu-text')]
+    inner = '.sidebar-item-section .sidebar-item-section'
+    assert aside(f'{inner} > .sidebar-item-container') == parts
+    assert aside(f'{inner} li') == [o for part in ('layers', 'training', 'comparing', 'internals') for o in listed(part)]
 
 
 def contents(items):
