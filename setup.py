@@ -11,7 +11,8 @@ status = 'Planning,Pre-Alpha,Alpha,Beta,Production/Stable,Mature,Inactive'.split
 bench, dev = cfg['bench_requirements'].split(), cfg['dev_requirements'].split()
 
 setup(
-    author=cfg['author'], author_email=cfg['author_email'], license_expression=cfg['license'], keywords=cfg['keywords'].split(),
+    author=cfg['author'], author_email=cfg['author_email'],
+    license_expression=cfg['license'], keywords=cfg['keywords'].split(),
     classifiers=[f"Development Status :: {cfg['status']} - {status}", f"Intended Audience :: {cfg['audience']}",
                  f"Natural Language :: {cfg['language']}", 'Programming Language :: Python :: 3'],
     install_requires=cfg['requirements'].split(), extras_require=dict(bench=bench, dev=bench+dev),

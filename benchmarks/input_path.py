@@ -1,6 +1,7 @@
-"""What loading costs with and without decoded images, beside a training step: `python benchmarks/input_path.py FOLDER OUT`.
+"""What loading costs with and without decoded images, beside a training step.
 
-FOLDER is a data set of images with `train/` and `val/`; OUT becomes a folder with `input.json` and `profile.txt`."""
+`python benchmarks/input_path.py FOLDER OUT`: FOLDER is a data set of images with `train/` and `val/`;
+OUT becomes a folder with `input.json` and `profile.txt`."""
 import cProfile
 import io
 import json
@@ -66,13 +67,15 @@ def main(
             for i in range(rounds):
                 for name in ('decoded each time', 'map')[::(-1)**i]:
                     set_seed(i)
-                    dls = image_dls(path, files, size, bs, num_workers=workers, images=images if name == 'map' else None)
+                    decoded = images if name == 'map' else None
+                    dls = image_dls(path, files, size, bs, num_workers=workers, images=decoded)
                     speed.setdefault(name, []).append(alone(dls))
                     if i < steps: share.setdefault(name, []).append(loader_share(dls, model, batches))
             for name in speed:
                 got = pd.DataFrame(share[name])
+                times = {f'{k}_ms': spread(got[k]*1000, len(got)) for k in ('wait', 'step')}
                 rows.append(dict(num_workers=workers, images=name, images_per_second=spread(speed[name], rounds),
-                                 **{f'{k}_ms': spread(got[k]*1000, len(got)) for k in ('wait', 'step')}, share=spread(got['share'], len(got))))
+                                 **times, share=spread(got['share'], len(got))))
             ratio = [a/b for a, b in zip(speed['map'], speed['decoded each time'], strict=True)]
             ratios.append(dict(num_workers=workers, map_over_decoded=spread(ratio, rounds)))
             print(json.dumps(rows[-2:], indent=1), ratios[-1])
@@ -86,8 +89,10 @@ def main(
             pstats.Stats(profile, stream=report).strip_dirs().sort_stats('tottime').print_stats(18)
     (out/'profile.txt').write_text('\n'.join(o.rstrip() for o in report.getvalue().splitlines()) + '\n')
     hardware = dict(device='cpu', machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads())
-    versions = dict(python=platform.python_version(), pillow=PIL.__version__, **{o: version(o) for o in ('torch', 'fastai', 'learned_relu')})
-    record = dict(format=1, began=began, commit=commit(), data=dict(name=path.name, fingerprint=mark, every=every), size=size, bs=bs, arch=arch,
-                  decode=contents, hardware=hardware, versions=versions, rows=rows, ratios=ratios)
+    versions = dict(python=platform.python_version(), pillow=PIL.__version__)
+    versions |= {o: version(o) for o in ('torch', 'fastai', 'learned_relu')}
+    data = dict(name=path.name, fingerprint=mark, every=every)
+    record = dict(format=1, began=began, commit=commit(), data=data, size=size, bs=bs, arch=arch, decode=contents,
+                  hardware=hardware, versions=versions, rows=rows, ratios=ratios)
     (out/'input.json').write_text(json.dumps(record, indent=1) + '\n')
     print(f'wrote {out}', file=sys.stderr)

@@ -1,40 +1,11 @@
-"Every public name of the library."
-from learned_relu.act_layer import *
-from learned_relu.batchnorm import *
-from learned_relu.bench.arms import *
-from learned_relu.bench.compare import *
-from learned_relu.bench.commands.compare import *
-from learned_relu.bench.commands.options import *
-from learned_relu.bench.commands.report import *
-from learned_relu.bench.commands.speed import *
-from learned_relu.bench.commands.train import *
-from learned_relu.bench.data import *
-from learned_relu.bench.distributed import *
-from learned_relu.bench.figures import *
-from learned_relu.bench.images import *
-from learned_relu.bench.recipe import *
-from learned_relu.bench.record import *
-from learned_relu.bench.report import *
-from learned_relu.bench.resume import *
-from learned_relu.bench.run import *
-from learned_relu.bench.speed import *
-from learned_relu.bench.stats import *
-from learned_relu.bench.table import *
-from learned_relu.callback.clamp import *
-from learned_relu.callback.core import *
-from learned_relu.callback.decay import *
-from learned_relu.callback.ema import *
-from learned_relu.callback.freeze import *
-from learned_relu.callback.penalty import *
-from learned_relu.callback.telemetry import *
-from learned_relu.caps import *
-from learned_relu.functional import *
-from learned_relu.layers import *
-from learned_relu.learner import *
-from learned_relu.params import *
-from learned_relu.patch import *
-from learned_relu.plot import *
-from learned_relu.reference import *
-from learned_relu.surrogate import *
-from learned_relu.trace import *
-from learned_relu.xresnet import *
+"What users of fastai need: `from learned_relu.all import *` takes no name of `fastai.vision.all` away."
+from learned_relu import *  # the names that need torch alone, listed there
+from learned_relu import learner as _learner  # gives `Learner` its `to_learned_relu` and `to_relu`
+from learned_relu.callback.clamp import ClampActParams
+from learned_relu.callback.core import ActCallback
+from learned_relu.callback.decay import NoDecayActParams
+from learned_relu.callback.ema import EMAActParams
+from learned_relu.callback.freeze import FreezeActParams
+from learned_relu.callback.penalty import ActGradPenalty
+from learned_relu.callback.telemetry import ActTelemetry
+from learned_relu.xresnet import learned_xresnet, plain_xresnet

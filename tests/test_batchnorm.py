@@ -20,15 +20,13 @@ from learned_relu.all import (
     LearnedRelu,
     act_params,
     bn_learned_relu,
-    fuse_batchnorms,
-    fuse_bn,
     learned_relu,
     learned_relu_reference,
     patch_relus,
-    saved_bytes,
-    unfuse_batchnorms,
     unpatch_relus,
 )
+from learned_relu.batchnorm import fuse_batchnorms, fuse_bn, unfuse_batchnorms
+from learned_relu.bench.speed import saved_bytes
 from learned_relu.kernels import build
 
 

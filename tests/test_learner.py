@@ -11,7 +11,9 @@ from fastai.learner import Learner
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from learned_relu.all import act_params, param_stats, sample_inputs
+from learned_relu.all import act_params
+from learned_relu.callback.telemetry import param_stats
+from learned_relu.learner import sample_inputs
 
 
 class Drawing(TensorDataset):

@@ -18,8 +18,8 @@ from learned_relu.all import (
     patch_relus,
     plain_xresnet,
     unpatch_relus,
-    xresnet_names,
 )
+from learned_relu.xresnet import xresnet_names
 
 
 def test_every_relu_of_an_xresnet_is_replaced_and_the_convolutions_are_the_same():

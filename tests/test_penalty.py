@@ -12,7 +12,8 @@ from fastai.test_utils import synth_dbunch
 from torch import nn
 from torch.testing import assert_close
 
-from learned_relu.all import ActGradPenalty, LearnedRelu, act_grad_penalty
+from learned_relu.all import ActGradPenalty, LearnedRelu
+from learned_relu.callback.penalty import act_grad_penalty
 
 
 class Look(Callback):

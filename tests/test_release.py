@@ -8,6 +8,8 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
+from nbdev.config import get_config
 
 import learned_relu
 
@@ -16,7 +18,8 @@ TRAINS = '''
 from fastai.callback.training import ShortEpochCallback
 from fastai.vision.all import CrossEntropyLossFlat, Learner
 import learned_relu
-from learned_relu.all import LearnedRelu, mnist_dls, plain_xresnet
+from learned_relu.all import LearnedRelu, plain_xresnet
+from learned_relu.bench.data import mnist_dls
 dls, _ = mnist_dls(size=16, bs=64)
 learn = Learner(dls, plain_xresnet('xresnet18', 10, c_in=1), CrossEntropyLossFlat(), cbs=ShortEpochCallback(.05)).to_learned_relu()
 with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
@@ -76,3 +79,40 @@ def test_what_was_built_installs_imports_and_trains(built, tmp_path):
     def python(*args): return subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     assert Path(python('-c', TRAINS).splitlines()[-1]).is_relative_to(to) # and not the checkout
     assert '--recipe' in python(to/'bin'/'learned_relu_compare', '--help')
+
+
+def workflow(): return yaml.safe_load((REPO/'.github'/'workflows'/'test.yml').read_text(encoding='utf-8'))
+
+
+def test_every_action_is_pinned_to_a_commit_and_says_its_version():
+    lines = [o.strip(' -') for file in (REPO/'.github'/'workflows').iterdir() for o in file.read_text(encoding='utf-8').splitlines()]
+    used = [o for o in lines if o.startswith('uses:')]
+    assert used and [o for o in used if not re.fullmatch(r'uses: actions/[\w-]+@[0-9a-f]{40} # v\d+(\.\d+)+', o)] == []
+    steps = [o for job in workflow()['jobs'].values() for o in job['steps']]
+    assert len(used) == sum('uses' in o for o in steps)
+
+
+def test_what_is_published_is_the_site_that_was_tested():
+    job = workflow()['jobs']['test']
+    steps = [o.get('uses', o.get('run', '')).partition('@')[0] for o in job['steps']]
+    assert steps.index('bash .ci/run') < steps.index('actions/upload-pages-artifact') == len(steps) - 1
+    upload, versions = job['steps'][-1], job['strategy']['matrix']['python']
+    assert upload['with']['path'] == get_config().doc_path.name and versions == ['3.10', '3.13']
+    assert upload['if'] == "github.event_name == 'push' && matrix.python == '3.13'" and workflow()[True]['push'] == {'branches': ['main']}
+    assert not any('continue-on-error' in o for o in [job, *job['steps']])
+
+
+def test_the_site_is_published_after_every_test_by_the_only_job_that_may():
+    jobs = workflow()['jobs']
+    publish = jobs.pop('publish')
+    assert set(publish['needs']) == set(jobs) and publish['if'] == "github.event_name == 'push'"
+    assert [o['uses'].partition('@')[0] for o in publish['steps']] == ['actions/deploy-pages']
+    assert workflow()['permissions'] == {'contents': 'read'} and not any('permissions' in o for o in jobs.values())
+    assert publish['permissions'] == {'pages': 'write', 'id-token': 'write'}
+
+
+def test_macos_and_windows_run_tests_that_are_there():
+    job = workflow()['jobs']['elsewhere']
+    assert job['strategy']['matrix']['os'] == ['macos-latest', 'windows-latest']
+    files = [o for o in job['steps'][-1]['run'].split() if o.startswith('tests/')]
+    assert 'tests/test_rings.py' in files and [o for o in files if not (REPO/o).is_file()] == []

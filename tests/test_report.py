@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from learned_relu import _files
-from learned_relu.bench import report
 from learned_relu.bench.arms import Arm
 from learned_relu.bench.commands.report import first_paragraph, learned_relu_report
 from learned_relu.bench.compare import compare
@@ -30,7 +29,7 @@ from learned_relu.bench.table import board_rows, leaderboard, readable, readable
 from learned_relu.layers import LearnedRelu
 from learned_relu.reference import learned_relu_reference
 
-REAL = Path(__file__).parents[1]/'benchmarks'/'records'
+REAL = Path(__file__).parents[1]/'benchmarks'/'records'/'accuracy'
 WOOF, DIGITS = REAL/'2026-11-21-imagewoof-64px-xresnet18-2ep-flipped', REAL/'2026-11-21-digits-family'
 
 
@@ -411,12 +410,15 @@ def contents(path): return {o.relative_to(path).as_posix(): o.read_bytes() for o
 
 
 def test_the_command_twice_writes_the_same_and_nothing_into_the_records(tmp_path, capsys):
-    before = contents(REAL)
-    for o in 'ab': learned_relu_report(REAL, out=tmp_path/o)
+    both = tmp_path/'both' # as in a folder of one's own, where a timing lies beside trainings
+    shutil.copytree(REAL, both)
+    shutil.copytree(REAL.with_name('speed')/'2026-11-21-speed-2-cores', both/'2026-11-21-speed-2-cores')
+    before = contents(both)
+    for o in 'ab': learned_relu_report(both, out=tmp_path/o)
     a, b = contents(tmp_path/'a'), contents(tmp_path/'b')
-    assert a == b and contents(REAL) == before and capsys.readouterr().out.count('index.html') == 2
+    assert a == b and contents(both) == before and capsys.readouterr().out.count('index.html') == 2
     index = a['index.html'].decode()
-    for folder in REAL.iterdir():
+    for folder in both.iterdir():
         assert f'<h2>{folder.name}</h2>' in index
         have = [f'{folder.name}/{o}' in a for o in ('table.csv', 'report.html')]
         assert have == [any(folder.glob('records/*.json'))]*2

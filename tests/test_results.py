@@ -1,6 +1,8 @@
 "Numbers that readers are told: each is computed from a record, and stored as it comes out today."
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,15 @@ def test_no_measured_number_is_typed(page):
     assert NUMBER.findall(re.sub(settings, '', text, flags=re.S)) == []
 
 
+def test_records_lie_where_they_belong_and_their_index_is_current():
+    subprocess.run([sys.executable, REPO/'tools'/'records.py', '--check'], check=True)
+    folders = [o for o in (REPO/'benchmarks'/'records').glob('*/*') if o.is_dir()]
+    for o in folders:
+        assert re.fullmatch(r'\d{4}-\d\d-\d\d-[a-z0-9-]+', o.name) and (o/'README.md').is_file(), o
+        assert (o.parent.name == 'accuracy') == (o/'records').is_dir() and not (o/'report.html').exists(), o
+    assert len(folders) >= 16
+
+
 def test_the_readme_tells_what_the_page_tells():
     readme = (REPO/'README.md').read_text()
     tables = [t for o in read_nb(PAGES[0]).cells for t in told(o.get('outputs', [])) if t.startswith('|')]
@@ -69,7 +80,7 @@ def test_every_block_of_the_readme_is_run_by_a_check():
     commands = [o.strip() for kind, o in blocks if kind == 'sh']
     begin = 'python3 -m venv .venv && .venv/bin/python -m pip install -q -e ".[dev]" && .venv/bin/'
     assert commands == [begin + 'learned_relu_compare', begin + 'python -m pytest'] # .ci/run runs the second
-    assert (REPO/'benchmarks/recipes/imagewoof-128px-5ep.toml').exists() and 'benchmarks/recipes/imagewoof-128px-5ep.toml' in readme
+    assert (REPO/'benchmarks/recipes/published.toml').exists() and 'benchmarks/recipes/published.toml' in readme
 
 
 def test_the_first_command_does_what_the_readme_says(monkeypatch):

@@ -49,17 +49,61 @@ def test_the_torch_ring_works_without_fastai():
 
 
 def test_everything_can_be_imported_without_the_extra():
+    names = [o.with_suffix('').as_posix().replace('/', '.') for o in modules if o.stem != '__main__']
     code = ("import sys\nfor o in 'accelerate statsmodels mlxtend tomli tomli_w'.split(): sys.modules[o] = None"
-            "\nimport learned_relu.all as o; assert o.Recipe().size == 28 and o.EpochCheckpoint and o.on_all_processes")
+            + '\nimport learned_relu.all\n' + '\n'.join(f'import learned_relu.{o}' for o in names)
+            + '\nfrom learned_relu.bench.distributed import on_all_processes'
+              '\nfrom learned_relu.bench.recipe import Recipe'
+              '\nfrom learned_relu.bench.resume import EpochCheckpoint'
+              '\nassert Recipe().size == 28 and EpochCheckpoint and on_all_processes')
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+
+
+def fresh(code):
+    "What a new process prints, in words"
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, capture_output=True, text=True).stdout.split()
+
+
+LOADED = '\nimport sys; print(*sorted(o for o in sys.modules if "." not in o or o.startswith("learned_relu.")))'
+
+
+def test_importing_the_package_loads_nothing_of_it():
+    ours = set(fresh('import learned_relu' + LOADED)) - set(fresh(LOADED))
+    assert ours == {'learned_relu'}, 'neither torch nor a module of ours'
+
+
+def test_each_name_of_the_package_comes_without_fastai():
+    loaded = fresh('from learned_relu import LearnedRelu' + LOADED)
+    assert {'torch', 'learned_relu.layers'} <= set(loaded) and not {'fastai', 'fastcore', 'matplotlib', 'pandas'} & set(loaded)
+    stars = fresh('import sys; sys.modules["fastai"] = sys.modules["fastcore"] = None\nfrom learned_relu import *\nprint(*dir())')
+    assert {o for o in stars if not o.startswith('_')} == {*learned_relu.__all__, 'sys'}
+    assert set(learned_relu.__all__) <= set(dir(learned_relu))
+    with pytest.raises(AttributeError, match="no attribute 'ClampActParams': names that need fastai are in learned_relu.all"):
+        _ = learned_relu.ClampActParams
+
+
+def test_no_name_of_fastai_is_taken_away_and_nothing_of_the_bench_is_loaded():
+    stars = 'from fastai.vision.all import *\nhave = dict(globals())\nfrom learned_relu.all import *\n'
+    assert fresh(stars + 'print(*[k for k, v in have.items() if globals()[k] is not v])') == []
+    assert fresh(stars + 'print(first([3, 4]))') == ['3']
+    loaded = fresh('import learned_relu.all' + LOADED)
+    assert 'learned_relu.callback.clamp' in loaded and not [o for o in loaded if o.startswith('learned_relu.bench')]
 
 
 def test_public_names():
     import learned_relu.all as everything
+    from learned_relu.bench.commands.compare import learned_relu_compare
+    from learned_relu.bench.commands.report import learned_relu_report
+    from learned_relu.bench.commands.speed import learned_relu_speed
+    from learned_relu.bench.commands.train import learned_relu_train
+    assert all(map(callable, (learned_relu_train, learned_relu_compare, learned_relu_speed, learned_relu_report)))
     names = '''learned_relu learned_relu_reference LearnedRelu GeneralRelu act_params reset_averages patch_relus unpatch_relus
     surrogate_gradient leaky_grad_relu learned_clip symmetric_clip learned_threshold LeakyGradRelu LearnedClip SymmetricClip LearnedThreshold
-    ClampActParams EMAActParams FreezeActParams ActTelemetry NoDecayActParams ActGradPenalty learned_xresnet
-    learned_relu_train learned_relu_compare learned_relu_speed learned_relu_report'''.split()
+    ClampActParams EMAActParams FreezeActParams ActTelemetry NoDecayActParams ActGradPenalty learned_xresnet'''.split()
     assert not [o for o in names if not hasattr(everything, o)]
     from fastai.learner import Learner
     assert Learner.to_learned_relu and Learner.to_relu
+    public = {k: v for k, v in vars(everything).items() if not k.startswith('_')}
+    outer = {k for k, v in public.items() if ring(v.__module__.removeprefix('learned_relu.')) == 1}
+    assert set(public) == {*learned_relu.__all__} | outer, 'a name is of the one list, or of the fastai ring'
+    assert all(v.__module__.startswith('learned_relu.') and v.__doc__ for v in public.values())

@@ -215,6 +215,19 @@ def test_the_bar_leads_to_the_five_parts(browser, url):
         assert browser.find_element('css selector', 'h1').text == name
 
 
+def test_a_reader_of_the_reference_meets_layers_first_and_internals_last(browser, url):
+    see(browser, 1280)
+    browser.get(url + 'api/index.html')
+    parts = [o.text for o in browser.find_elements('css selector', 'main h2')]
+    assert parts[0] == 'Layers and models' and parts[-1] == 'Internals'
+    def listed(part): return [o.text for o in browser.find_elements('css selector', f'#listing-{part} tbody a')]
+    assert listed('layers')[0] == 'Layers' and len(listed('internals')) > 4
+    def aside(which): return [o.get_attribute('textContent') for o in browser.find_elements('css selector', f'#quarto-sidebar {which} .menu-text')]
+    inner = '.sidebar-item-section .sidebar-item-section'
+    assert aside(f'{inner} > .sidebar-item-container') == parts
+    assert aside(f'{inner} li') == [o for part in ('layers', 'training', 'comparing', 'internals') for o in listed(part)]
+
+
 def contents(items):
     for o in items:
         if isinstance(o, str): yield o

@@ -1,4 +1,6 @@
-"How the reference pages show a symbol: as nbdev does, with a table of its parameters in the place of comments. `tools` has to be on the path."
+"""How the reference pages show a symbol: as nbdev does, with a table of its parameters in the place of comments.
+
+`tools` has to be on the path."""
 import re
 from inspect import Parameter, getsource, isclass
 
@@ -19,5 +21,6 @@ class ParameterTable(BasicMarkdownRenderer):
     "Source link, heading, call, docstring and a table of parameters."
     def _repr_markdown_(self):
         before, _, after = super()._repr_markdown_().partition(f'```python\n{self.dm}\n```')
-        params = [p.replace(annotation=Parameter.empty) for p in self.sig.parameters.values() if p.name != 'self'] if self.sig else []
-        return f'{before}```python\n{self.nm}({", ".join(map(str, params))})\n```\n\n{after.strip()}\n\n{parameter_table(self.sym)}'
+        params = [p for p in self.sig.parameters.values() if p.name != 'self'] if self.sig else []
+        call = ', '.join(str(p.replace(annotation=Parameter.empty)) for p in params)
+        return f'{before}```python\n{self.nm}({call})\n```\n\n{after.strip()}\n\n{parameter_table(self.sym)}'

@@ -20,7 +20,6 @@ from .recipe import Recipe
 from .record import in_use, read_record, record_name, records_dir, write_record
 from .report import check_report, save_report
 from .run import train_run
-from .stats import check_statistics
 
 # %% ../../nbs/api/35_bench.compare.ipynb #c39aacbe
 def _run(file, arm, seed, recipe, source):
@@ -54,7 +53,6 @@ def compare(
     out:str, # directory for `records/`, `checkpoints/`, `table.csv` and `report.html`
 ) -> str: # the table as text; empty in all processes but the first
     "Make the runs that are missing, seed by seed, and report on all of this recipe that `out` holds."
-    check_statistics()
     check_report()
     source.check_bs(recipe.bs)
     path = records_dir(out)
