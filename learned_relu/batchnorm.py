@@ -179,7 +179,7 @@ def fuse_bn(
     bn:nn.Module, # BatchNorm, changed in place
     act:LearnedRelu, # what its output goes into, and nothing else; changed in place
 ):
-    "Let `act` do the work of `bn`; `TypeError` unless these are PyTorch's BatchNorm and a `LearnedRelu` of dimension 1."
+    "Let `act` do the work of `bn`; `TypeError` unless these are PyTorch's BatchNorm and a `LearnedRelu` along 1."
     if not can_defer(bn): raise TypeError(f'{type(bn).__name__} cannot be fused: pass an nn.BatchNorm1d, 2d or 3d')
     if type(act) is not LearnedRelu or act.channel_dim != 1:
         raise TypeError(f'{act} cannot take over a BatchNorm: pass a LearnedRelu with channel_dim=1')
@@ -199,8 +199,8 @@ def norms_before(
     if norms and acts: pairs = fed_by(model, norms, list(acts), dummy_input(model) if sample is None else sample)
     if not pairs:
         raise ValueError(f'There is nothing to fuse: {type(model).__name__} has {len(norms)} BatchNorms of the kinds '
-                         f'that can be fused and {len(acts)} activations that could take one over, none of which is fed by '
-                         'one directly and alone')
+                         f'that can be fused and {len(acts)} activations that could take one over, none of which is fed '
+                         'by one directly and alone')
     return pairs
 
 def fuse_batchnorms(
