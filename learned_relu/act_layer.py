@@ -24,7 +24,8 @@ def starting_value(
     v = torch.as_tensor(value)
     if not v.is_floating_point(): v = v.float()
     if v.ndim and v.shape != (num_parameters,):
-        raise ValueError(f'{kind} starts from shape {tuple(v.shape)}: pass one number, or a tensor of shape ({num_parameters},)')
+        raise ValueError(f'{kind} starts from shape {tuple(v.shape)}: pass one number, '
+                         f'or a tensor of shape ({num_parameters},)')
     if not v.isfinite().all(): raise ValueError(f'{kind} starts at {value}: pass finite numbers')
     return v.detach().expand(num_parameters).clone(memory_format=torch.contiguous_format)
 
@@ -33,7 +34,7 @@ def check_bounds(
     kind:str, # name of the parameter, for the error
     bounds:tuple, # (low, high); either may be None
 ) -> tuple: # (low, high) as floats, infinite where open
-    "Bounds of one kind as numbers; raises `TypeError` unless they are a pair, `ValueError` where they are the wrong way round."
+    "Bounds of one kind as numbers; `TypeError` unless they are a pair, `ValueError` for the wrong way round."
     if bounds is None: bounds = (None, None)
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f'The bounds of {kind} are {bounds!r}: pass a pair (low, high), either of which may be None')
@@ -45,9 +46,9 @@ def check_bounds(
 def _forget_entry(layer, _): layer._entered = None # what was loaded is not what training moved
 
 class ActLayer(nn.Module):
-    "Abstract activation layer: values of named kinds, learned or fixed, with averages of the learned ones; subclasses implement `curve`."
+    "Abstract layer: values of named kinds, learned or fixed, with averages; subclasses implement `curve`."
     bounds = {} # kind -> (low, high), what `ClampActParams` keeps it in unless told otherwise
-    __default_init__ = staticmethod(nn.init.kaiming_uniform_) # how fastai's `init_linear` initialises the layer before this one
+    __default_init__ = staticmethod(nn.init.kaiming_uniform_) # how fastai's `init_linear` treats the layer before
 
     def __init__(self,
         values:dict, # kind -> starting value: a number, or a tensor of shape `(num_parameters,)`
@@ -58,10 +59,13 @@ class ActLayer(nn.Module):
         super().__init__()
         if isinstance(num_parameters, bool) or not isinstance(num_parameters, int):
             raise TypeError(f'num_parameters is {num_parameters!r}: pass a whole number, the count of channels or 1')
-        if num_parameters < 1: raise ValueError(f'num_parameters is {num_parameters}: pass 1 for the whole layer, or the number of channels')
+        if num_parameters < 1:
+            raise ValueError(f'num_parameters is {num_parameters}: pass 1 for the whole layer, '
+                             'or the number of channels')
         learn = (learn,) if isinstance(learn, str) else tuple(learn)
         if unknown := [o for o in learn if o not in values]:
-            raise ValueError(f'learn= names {unknown[0]!r}, which {type(self).__name__} does not have: pass some of {tuple(values)}')
+            raise ValueError(f'learn= names {unknown[0]!r}, which {type(self).__name__} does not have: '
+                             f'pass some of {tuple(values)}')
         self.kinds,self.num_parameters,self.channel_dim = tuple(values),num_parameters,channel_dim
         self.learn = tuple(o for o in self.kinds if o in learn)
         for k,v in values.items():
@@ -84,7 +88,7 @@ class ActLayer(nn.Module):
     def clipped(self,
         y:Tensor, # output of this layer
     ) -> Tensor: # boolean, shape of `y`
-        "Where the output is a value of the layer and the input has no gradient: nowhere, unless a subclass says otherwise."
+        "Where the output is a value of the layer and the input has no gradient: nowhere, unless a subclass says more."
         return torch.zeros_like(y, dtype=torch.bool)
 
     def forward(self,
@@ -133,10 +137,12 @@ class ActLayer(nn.Module):
     ):
         "As `nn.Module.train`; averages that training has left behind are dropped, with a warning."
         if self.learn and mode != self.training:
-            if mode: self._entered = [getattr(self, k).detach().clone() for k in self.learn] if self.num_averaged > 0 else None
-            elif self._entered is not None and not all(map(torch.equal, self._entered, (getattr(self, k) for k in self.learn))):
+            now = [getattr(self, k) for k in self.learn]
+            if mode: self._entered = [o.detach().clone() for o in now] if self.num_averaged > 0 else None
+            elif self._entered is not None and not all(map(torch.equal, self._entered, now)):
                 warnings.warn('Activation parameters were trained without updating their averages, which are dropped: '
-                              'train with EMAActParams to keep averages, or call reset_averages(model) before', stacklevel=2)
+                              'train with EMAActParams to keep averages, or call reset_averages(model) before',
+                              stacklevel=2)
                 self.reset_averages()
         return super().train(mode)
 

@@ -52,6 +52,7 @@ def _by_operations(ctx, g, x, weight, bias, params, running, mean, spread):
     backward = torch.ops.aten.native_batch_norm_backward
     return *backward(dh, x, weight, *running, mean, spread, training, eps, wanted), *dparams
 
+# %% ../nbs/api/03_batchnorm.ipynb #f856a572
 class _BnLearnedRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, leak, sub, maxv, running_mean, running_var, training, momentum, eps, lay):
@@ -199,8 +200,8 @@ def norms_before(
     if norms and acts: pairs = fed_by(model, norms, list(acts), dummy_input(model) if sample is None else sample)
     if not pairs:
         raise ValueError(f'There is nothing to fuse: {type(model).__name__} has {len(norms)} BatchNorms of the kinds '
-                         f'that can be fused and {len(acts)} activations that could take one over, none of which is fed '
-                         'by one directly and alone')
+                         f'that can be fused and {len(acts)} activations that could take one over, none of which is '
+                         'fed by one directly and alone')
     return pairs
 
 def fuse_batchnorms(

@@ -24,7 +24,7 @@ class LearnedRelu(ActLayer):
 
     def __init__(self,
         num_parameters:int=1, # one value per layer (1), or one per channel: their number
-        leak:float|Tensor=0.05, # starting slope of the negative side, no unit: a number or a tensor of shape `(num_parameters,)`
+        leak:float|Tensor=0.05, # starting slope of the negative side: a number or a tensor of shape `(num_parameters,)`
         sub:float|Tensor=0.25, # starting shift down, in units of the activation
         maxv:float|Tensor=10., # starting cap on the output, in units of the activation
         learn:Iterable=('leak','sub','maxv'), # what is learned; the others keep their starting value
@@ -55,15 +55,15 @@ class GeneralRelu(ActLayer):
 
 # %% ../nbs/api/02_layers.ipynb #10378028
 class LearnedClip(ActLayer):
-    "`learned_clip` with values learned per layer or per channel: between `low` and `cutoff` the identity; by default a ReLU with a learned cap."
+    "`learned_clip` with learned values: between `low` and `cutoff` the identity; by default a ReLU with a learned cap."
     bounds = dict(cutoff=(.01, 100.), value=(-100., 100.), low=(-100., 100.))
 
     def __init__(self,
         num_parameters:int=1, # one value per layer (1), or one per channel: their number
-        cutoff:float|Tensor=6., # starting upper edge, in units of the activation: a number or a tensor of shape `(num_parameters,)`
+        cutoff:float|Tensor=6., # starting upper edge, in units of the activation: one number, or `(num_parameters,)`
         value:float|Tensor=None, # starting value of what stands above the edge; None ties it to `cutoff`
         low:float|Tensor=0., # starting lower bound, in units of the activation; None for no lower bound
-        width:float=0., # half the width of the window in which the edge gets a surrogate gradient, in units of the activation; 0 for none
+        width:float=0., # half the window in which the edge gets a gradient, in units of the activation; 0: none
         positive_only:bool=False, # clip positive inputs only
         learn:Iterable=('cutoff',), # what is learned; the others keep their starting value
         channel_dim:int=1, # dimension of the input that per-channel values run along; negative counts from the end
@@ -72,7 +72,8 @@ class LearnedClip(ActLayer):
         values = {k: v for k,v in dict(cutoff=cutoff, value=value, low=low).items() if v is not None}
         super().__init__(values, num_parameters, learn, channel_dim)
         if 'cutoff' in self.learn and value is not None: _check_width(width, 'cutoff')
-        if low is not None and (self.low >= self.cutoff).any(): raise ValueError(f'low starts at {low} and cutoff at {cutoff}: start low below cutoff')
+        if low is not None and (self.low >= self.cutoff).any():
+            raise ValueError(f'low starts at {low} and cutoff at {cutoff}: start low below cutoff')
         self.width,self.positive_only = width,positive_only
 
     def curve(self, x, values, channel_dim):
@@ -99,7 +100,9 @@ class SymmetricClip(ActLayer):
     def clipped(self, y): return y.abs() == _line(self, y, 'cutoff')
 
 def _check_width(width, kind):
-    if not width > 0: raise ValueError(f'{kind} is to be learned and width is {width}, with which it gets no gradient: pass a width above 0')
+    if not width > 0:
+        raise ValueError(f'{kind} is to be learned and width is {width}, with which it gets no gradient: '
+                         'pass a width above 0')
 
 # %% ../nbs/api/02_layers.ipynb #789cc61a
 class LearnedThreshold(ActLayer):
@@ -108,9 +111,9 @@ class LearnedThreshold(ActLayer):
 
     def __init__(self,
         num_parameters:int=1, # one value per layer (1), or one per channel: their number
-        threshold:float|Tensor=.25, # starting threshold, in units of the activation: a number or a tensor of shape `(num_parameters,)`
+        threshold:float|Tensor=.25, # starting threshold, in units of the activation: one number, or `(num_parameters,)`
         value:float|Tensor=0., # starting value of what stands at and below the threshold
-        width:float=1., # half the width of the window in which the threshold gets a surrogate gradient, in units of the activation
+        width:float=1., # half the window in which the threshold gets a surrogate gradient, in units of the activation
         learn:Iterable=('threshold',), # what is learned; the others keep their starting value
         channel_dim:int=1, # dimension of the input that per-channel values run along; negative counts from the end
         inplace:bool=False, # ignored: the input is never modified
@@ -119,7 +122,8 @@ class LearnedThreshold(ActLayer):
         if 'threshold' in self.learn: _check_width(width, 'threshold')
         self.width = width
 
-    def curve(self, x, values, channel_dim): return learned_threshold(x, **values, channel_dim=channel_dim, width=self.width)
+    def curve(self, x, values, channel_dim):
+        return learned_threshold(x, **values, channel_dim=channel_dim, width=self.width)
     def clipped(self, y): return y == _line(self, y, 'value')
 
 # %% ../nbs/api/02_layers.ipynb #8af8592a
@@ -128,7 +132,7 @@ class LeakyGradRelu(nn.Module):
     __default_init__ = ActLayer.__default_init__
 
     def __init__(self,
-        leak:float|Tensor=.1, # slope of the backward pass on the negative side, no unit: a number, or a tensor of shape `(channels,)`
+        leak:float|Tensor=.1, # slope of the backward pass below 0: a number, or a tensor of shape `(channels,)`
         channel_dim:int=1, # dimension of the input that per-channel slopes run along; negative counts from the end
         inplace:bool=False, # ignored: the input is never modified
     ):
@@ -144,4 +148,6 @@ class LeakyGradRelu(nn.Module):
         "ReLU, with a gradient on the negative side."
         return leaky_grad_relu(x, self.leak, self.channel_dim)
 
-    def extra_repr(self): return f'{self.leak}' if isinstance(self.leak, float) else f'{self.leak.numel()} slopes, channel_dim={self.channel_dim}'
+    def extra_repr(self):
+        if isinstance(self.leak, float): return f'{self.leak}'
+        return f'{self.leak.numel()} slopes, channel_dim={self.channel_dim}'

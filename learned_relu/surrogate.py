@@ -17,7 +17,8 @@ from .reference import channel_shape, check_input, lined_up, param_grad
 def _applied(function, *args):
     try: return function.apply(*args)
     except NotImplementedError as e:
-        raise NotImplementedError('A surrogate gradient has no forward-mode derivative (jvp, jacfwd): use reverse mode (grad, vjp, jacrev)') from e
+        raise NotImplementedError('A surrogate gradient has no forward-mode derivative (jvp, jacfwd): '
+                                  'use reverse mode (grad, vjp, jacrev)') from e
 
 class _Surrogate(torch.autograd.Function):
     generate_vmap_rule = True
@@ -36,13 +37,16 @@ class _Surrogate(torch.autograd.Function):
 
 def surrogate_gradient(
     forward:Tensor, # what the result is, floating point; gets no gradient
-    backward:Tensor, # what the gradient goes to, floating point, in a shape that broadcasts with that of `forward`; its values do not matter
+    backward:Tensor, # what the gradient goes to, floating point, in a shape that broadcasts with `forward`
 ) -> Tensor: # dtype of `forward`, broadcast shape of both
-    "The value of `forward` with the gradient of `backward`; `TypeError` for other than floats, `ValueError` for shapes that do not broadcast."
-    check_input(forward, 'forward'); check_input(backward, 'backward')
+    """The value of `forward` with the gradient of `backward`, whose values do not matter; `TypeError` for other than
+    floats, `ValueError` for shapes that do not broadcast."""
+    check_input(forward, 'forward')
+    check_input(backward, 'backward')
     try: torch.broadcast_shapes(forward.shape, backward.shape)
     except RuntimeError as e:
-        raise ValueError(f'forward has shape {tuple(forward.shape)} and backward {tuple(backward.shape)}: pass shapes that broadcast') from e
+        raise ValueError(f'forward has shape {tuple(forward.shape)} and backward {tuple(backward.shape)}: '
+                         'pass shapes that broadcast') from e
     return _applied(_Surrogate, forward, backward)
 
 # %% ../nbs/api/01_surrogate.ipynb #4fc23792
@@ -61,19 +65,23 @@ class _LeakyGradRelu(torch.autograd.Function):
 
 def leaky_grad_relu(
     x:Tensor, # activations, any shape with `channel_dim`, floating point; never modified
-    leak:float|Tensor=.1, # slope of the backward pass on the negative side, no unit: a number, or a tensor 0-d, `(1,)` or `(channels,)`
+    leak:float|Tensor=.1, # slope of the backward pass below 0: a number, or a tensor 0-d, `(1,)` or `(channels,)`
     channel_dim:int=1, # dimension of `x` that per-channel slopes run along; negative counts from the end
 ) -> Tensor: # `relu(x)`
-    "ReLU forward, leaky ReLU backward; raises as `learned_relu` does, and `ValueError` for a slope that should learn, since it gets no gradient."
+    """ReLU forward, leaky ReLU backward; raises as `learned_relu` does, and `ValueError` for a slope that should learn,
+    since it gets no gradient."""
     check_input(x)
     if isinstance(leak, Tensor):
-        if leak.requires_grad: raise ValueError('leak requires a gradient and there is none, since no value depends on it: pass leak.detach()')
+        if leak.requires_grad:
+            raise ValueError('leak requires a gradient and there is none, since no value depends on it: '
+                             'pass leak.detach()')
         leak, = lined_up(x, channel_dim, leak=leak)
     elif not -torch.inf < leak < torch.inf: raise ValueError(f'leak is {leak}: pass a finite number')
     try: return _LeakyGradRelu.apply(x, leak)
     except RuntimeError as e:
         if 'functorch' not in str(e): raise
-        raise NotImplementedError('leaky_grad_relu takes no transforms of torch.func, for speed: use surrogate_gradient(x.relu(), F.leaky_relu(x, leak))') from e
+        raise NotImplementedError('leaky_grad_relu takes no transforms of torch.func, for speed: '
+                                  'use surrogate_gradient(x.relu(), F.leaky_relu(x, leak))') from e
 
 # %% ../nbs/api/01_surrogate.ipynb #756f7022
 def edge_window(
@@ -121,7 +129,8 @@ class _Replace(torch.autograd.Function):
 def _replace(x, edge, fill, upper, channel_dim, width=0., positive=False, names=('cutoff', 'value')):
     check_input(x)
     for p,name in zip((edge, fill), names): channel_shape(x, p, channel_dim, name)
-    if not 0 <= width < torch.inf: raise ValueError(f'width is {width}: pass a finite number, 0 or more, in units of the activation')
+    if not 0 <= width < torch.inf:
+        raise ValueError(f'width is {width}: pass a finite number, 0 or more, in units of the activation')
     if fill is edge: fill = edge.view_as(edge) # torch.compile wants two tensors
     return _applied(_Replace, x, edge, fill, upper, positive, float(width), channel_dim)
 
@@ -132,10 +141,11 @@ def learned_clip(
     value:Tensor=None, # what stands at and above the edge; None ties it to `cutoff`
     low:Tensor=None, # lower bound, in units of the activation; None for no lower bound
     channel_dim:int=1, # dimension of `x` that per-channel parameters run along; negative counts from the end
-    width:float=0., # half the width of the window in which the edge gets a surrogate gradient, in units of the activation; 0 for none
+    width:float=0., # half the window in which the edge gets a surrogate gradient, in units of the activation
     positive_only:bool=False, # clip positive inputs only, whatever the sign of `cutoff`
 ) -> Tensor: # shape and dtype of `x`
-    "`x` below `cutoff`, `value` from there on, and at least `low`; NaN stays NaN. Raises as `learned_relu` does, `ValueError` for a negative `width`."
+    """`x` below `cutoff`, `value` from there on, and at least `low`; NaN stays NaN. Raises as `learned_relu` does,
+    `ValueError` for a negative `width`."""
     y = _replace(x, cutoff, cutoff if value is None else value, True, channel_dim, width, positive_only)
     return y if low is None else _replace(y, low, low, False, channel_dim, names=('low', 'low'))
 
@@ -153,9 +163,10 @@ def learned_threshold(
     threshold:Tensor, # edge, in units of the activation: 0-d, `(1,)` or `(channels,)`
     value:float|Tensor=0., # what stands at and below the threshold, in units of the activation
     channel_dim:int=1, # dimension of `x` that per-channel parameters run along; negative counts from the end
-    width:float=1., # half the width of the window in which the threshold gets a surrogate gradient, in units of the activation; 0 for none
+    width:float=1., # half the window in which the threshold gets a gradient, in units of the activation; 0: none
 ) -> Tensor: # shape and dtype of `x`
-    "`x` above `threshold`, `value` elsewhere; NaN stays NaN. Raises as `learned_relu` does, `ValueError` for a negative `width`."
+    """`x` above `threshold`, `value` elsewhere; NaN stays NaN. Raises as `learned_relu` does, `ValueError` for a
+    negative `width`."""
     check_input(x)
     if not isinstance(value, Tensor): value = torch.tensor(value, dtype=x.dtype, device=x.device)
     return _replace(x, threshold, value, False, channel_dim, width, names=('threshold', 'value'))

@@ -83,8 +83,8 @@ def every_kind_in_every_role():
             for form in None, 'eager':
                 with impl(form): case(f'curve {form} {kind} {role}', lambda: run(learned_relu), lambda: run(learned_relu_reference))
         for role in NORM:
-            def run(f, make=make, role=role): v = values(**{role: make}); return bn(f, *(v[o] for o in NORM))
-            case(f'batchnorm {kind} {role}', lambda: run(bn_learned_relu), lambda: run(None))
+            def normed(f, make=make, role=role): v = values(**{role: make}); return bn(f, *(v[o] for o in NORM))
+            case(f'batchnorm {kind} {role}', lambda: normed(bn_learned_relu), lambda: normed(None))
 
 
 def zeros_that_nobody_wrote():

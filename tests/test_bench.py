@@ -55,7 +55,8 @@ def test_a_speed_record_is_there_when_it_is_whole(what, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         m.setattr(speed.json, 'dumps', full)
-        with pytest.raises(SystemExit, match='cannot be written .No space left on device.: pass another --out'): speed.learned_relu_speed(tmp_path/'out')
+        with pytest.raises(SystemExit, match='cannot be written .No space left on device.: pass another --out'):
+            speed.learned_relu_speed(tmp_path/'out')
     assert not list(tmp_path.iterdir())
     speed.learned_relu_speed(tmp_path/'out')
     record = json.loads((tmp_path/'out'/'speed.json').read_text())

@@ -71,3 +71,16 @@ def test_a_command_in_the_prose_can_be_given(name, line):
     if args.get('recipe'): read_recipe(PAGES[0].parents[2]/args['recipe'])
     for arm in (args.get('arms') or args.get('arm') or 'relu').split(','):
         if '.' not in arm: Arm(arm) # one of the reader's own is not here
+
+
+# rooms that are unwrapped when their turn comes, and how much of each is left: lines over 120 columns, cells over 50 lines
+NOT_YET = {'02_act_layer': (0, 1), '02_trace': (5, 0), '04_patch': (14, 1), '06_caps': (4, 0), '10_xresnet': (2, 0), '19_callback.core': (4, 0),
+           '21_callback.clamp': (8, 1), '22_callback.ema': (2, 0), '23_callback.freeze': (3, 0), '25_callback.penalty': (8, 1),
+           '29_learner': (4, 0)}
+
+
+@pytest.mark.parametrize('page', [o for o in PAGES if o.parent.name == 'api'], ids=lambda o: o.stem)
+def test_exported_cells_are_narrow_and_short(page):
+    cells = [c.source.splitlines() for c in read_nb(page).cells if c.cell_type == 'code' and c.source.startswith('#| export')]
+    wide, long = [o for c in cells for o in c if len(o) > 120], [c for c in cells if len(c) > 51]
+    assert (len(wide), len(long)) == NOT_YET.get(page.stem, (0, 0)), '\n'.join(wide)

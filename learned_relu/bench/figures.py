@@ -65,7 +65,7 @@ def plot_pairs(
     fig,ax = plt.subplots(figsize=(7, 1.8 + .6*len(found)), layout='constrained')
     ax.axvspan(-BOARD_NOISE, BOARD_NOISE, color='grey', alpha=.15, lw=0, label='noise of the boards, ±1 point')
     ax.axvline(0, color='grey', ls=':', label='relu')
-    for i,(arm,d) in enumerate(found):
+    for i,(_,d) in enumerate(found):
         if len(d) > 1:
             ax.plot(interval(d), [i, i], color='C1', lw=6, alpha=.6, solid_capstyle='butt', label='95 % interval, t')
             below = [i + .22]*2

@@ -70,7 +70,8 @@ def saved_bytes(
     def keep(t):
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): y = model(x)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model(x) # noqa: F841, it keeps alive what was saved
     return sum(v for k,v in saved.items() if k not in own)
 
 # %% ../../nbs/api/36_bench.speed.ipynb #d27a87db
@@ -102,6 +103,7 @@ def contestants(
               'LeakyGradRelu': LeakyGradRelu(), 'LeakyGradRelu, per channel': LeakyGradRelu(torch.full((n,), .1))}
     return torchs | curves | others
 
+# %% ../../nbs/api/36_bench.speed.ipynb #d27a87dc
 def in_batchnorm(
     channels:int, # of the input
 ) -> dict: # name -> model
@@ -147,6 +149,7 @@ def step_models(
     for o in more.values(): o.compile()
     return res | more
 
+# %% ../../nbs/api/36_bench.speed.ipynb #bc37fd1b
 def step_cost(
     models:dict, # name -> model; the first is the base
     size:int=64, # side of the images, in pixels

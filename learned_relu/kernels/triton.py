@@ -81,6 +81,7 @@ def _backward_rows(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_ptr, 
     tl.store(out + channels, -tl.sum(dsub, 0))
     tl.store(out + 2*channels, tl.sum(dmaxv, 0))
 
+# %% ../../nbs/api/00_kernels.triton.ipynb #7a11c0d3
 @triton.jit
 def _backward_columns(g_ptr, x_ptr, dx_ptr, sums_ptr, leak_ptr, sub_ptr, maxv_ptr, outer, channels, per,
                       LOWEST: tl.constexpr, BIG: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
