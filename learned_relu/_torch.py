@@ -35,7 +35,7 @@ def _ordinary(device_type):
     return {_keys(o).raw_repr() for o in (frozen, usual)}
 
 def _looked_at(tensors):
-    if _keys is None or _modes is None or _modes(): return None
+    if _keys is None or _modes is None: return None
     if not all(isinstance(t, Tensor) for t in tensors if t is not None): return None
     tensors = tuple(t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors)
     given = [t for t in tensors if t is not None]
@@ -46,9 +46,10 @@ def _looked_at(tensors):
 
 def in_memory(
     *tensors:Tensor, # any tensors, or None, which stays
-) -> tuple: # the tensors, lazy negations carried out; None if one is no ordinary memory, or on another device
+) -> tuple: # the tensors, lazy negations carried out; None if one is no ordinary memory, or on another device, or watched
     "The one gate before native code: tensors that may be read where they say they are."
     try:
+        if _modes(): return None
         for t in tensors:
             if t is not None and _keys(t).raw_repr() not in _on_cpu: return _looked_at(tensors)
     except TypeError: return _looked_at(tensors) # no tensor, or no such question

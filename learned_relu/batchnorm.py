@@ -71,7 +71,7 @@ class _BnLearnedRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         again,given = torch.is_grad_enabled(),(g, *ctx.saved_tensors)
-        memory = None if again or transformed() else in_memory(*given)
+        memory = None if again else in_memory(*given)
         g,x,weight,bias,*params,running_mean,running_var,mean,spread = memory or given
         running = running_mean,running_var
         if not memory: grads = _differentiable(ctx, g, x, weight, bias, params, running, again)

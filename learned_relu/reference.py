@@ -47,7 +47,7 @@ def check_input(
         raise TypeError(f'{name} has dtype {x.dtype}: pass a floating-point tensor, for example {name}.float()')
 
 # %% ../nbs/api/00_reference.ipynb #5c0ffee2
-_right = set() # combinations of shapes that were checked
+_right = {} # combinations of shapes that were checked -> values per parameter
 
 def check_parameters(
     x:Tensor, # input of the curve
@@ -55,14 +55,16 @@ def check_parameters(
     sub:Tensor, # shift: 0-d, `(1,)` or `(channels,)`
     maxv:Tensor, # cap: 0-d, `(1,)` or `(channels,)`
     channel_dim:int, # dimension of `x` that the parameters run along
-):
-    "Raise as `channel_shape` where a parameter does not go with `x`."
+) -> int: # values per parameter: 1, or the channels
+    "How many values the largest parameter has; raises as `channel_shape` where one does not go with `x`."
+    try: shapes = channel_dim, x.shape, leak.shape, sub.shape, maxv.shape
+    except AttributeError: shapes = None # which is said below
+    if shapes in _right: return _right[shapes]
     params = dict(leak=leak, sub=sub, maxv=maxv)
-    shapes = (channel_dim, x.shape, *(getattr(p, 'shape', None) for p in params.values()))
-    if shapes in _right and None not in shapes: return
     for k,p in params.items(): channel_shape(x, p, channel_dim, k)
     if len(_right) == 4096: _right.clear() # inputs of ever new shapes
-    _right.add(shapes)
+    _right[shapes] = max(p.numel() for p in params.values())
+    return _right[shapes]
 
 # %% ../nbs/api/00_reference.ipynb #220e3684
 def lined_up(

@@ -44,5 +44,6 @@ if __name__ == '__main__':
     if sys.argv[1:] == ['break']:  # what the test must notice: one element too few
         x, ps = torch.randn(40, 8), [torch.ones(8) for _ in range(3)]
         at = {k: p.data_ptr() for k, p in zip(('leak', 'sub', 'maxv'), ps, strict=True)}
-        build.run('forward', x.dtype, x=x.data_ptr(), y=torch.empty(39*8).data_ptr(), numel=320, channels=8, inner=1, repeat=1, **at)
+        y = torch.empty(39*8)
+        build.run('forward', x.dtype, build.Call(x=x.data_ptr(), y=y.data_ptr(), numel=320, channels=8, inner=1, repeat=1, **at))
     print(sum(1 for cases in (curve_cases, batchnorm_cases) for _ in cases()), 'cases')

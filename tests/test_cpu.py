@@ -159,7 +159,7 @@ def test_nothing_is_kept_without_gradients():
 @pytest.mark.parametrize('x', [torch.zeros(2, 3, 4, 8)[..., ::2], torch.zeros(2, 3).half(), torch.zeros(0, 3),
                                torch.zeros(1, 3).expand(4, 3), torch.zeros(3, 2).T])
 def test_what_no_kernel_takes_goes_another_way(x):
-    assert cpu.plan(x, tuple(torch.ones(3, 3)), 1) is None
+    assert cpu.plan(x, tuple(torch.ones(3, 3)), 1, 3) is None
     y = learned_relu(x, *(torch.full((3,), o) for o in (.1, .2, 1.)))
     assert y.shape == x.shape and y.dtype == x.dtype
 

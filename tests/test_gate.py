@@ -75,7 +75,7 @@ def test_where_memory_is_short_it_is_said(monkeypatch):
 def test_the_argument_is_the_one_that_the_kernels_were_compiled_with():
     leak, sub = torch.tensor([.1, 0., .2, 1e-5]), torch.full((4,), .25)
     which = torch.zeros(4, dtype=torch.bool)
-    assert build.run('lost', torch.float32, leak=leak.data_ptr(), sub=sub.data_ptr(), channels=4, signs=which.data_ptr()) == 2
+    assert build.run('lost', torch.float32, build.Call(leak=leak.data_ptr(), sub=sub.data_ptr(), channels=4, signs=which.data_ptr())) == 2
     assert which.tolist() == [False, True, False, True] and cpu.needs_input((leak, sub, sub), torch.float32).tolist() == which.tolist()
 
 

@@ -44,7 +44,8 @@ def pointer(
 ) -> int: # address of its first element; None for None
     "Where `t` lies; `ValueError` where its memory was taken away or made smaller since."
     if t is None: return None
-    if t.untyped_storage().nbytes() - t.storage_offset()*t.element_size() < t.nbytes:
+    before = t.storage_offset()
+    if t.untyped_storage().nbytes() < (t.nbytes + before*t.element_size() if before else t.nbytes):
         raise ValueError(f'A tensor of shape {tuple(t.shape)} and dtype {t.dtype} has a storage of '
                          f'{t.untyped_storage().nbytes()} bytes: its memory was freed or resized while it was in use')
     return t.data_ptr()
@@ -117,9 +118,9 @@ def supported(
 def run(
     name:str, # of a kernel
     dtype:torch.dtype, # of the activations
-    **fields # of `Call`
+    call:Call, # its argument
 ) -> int: # what the kernel counted, if it counts
     "Call a kernel; `MemoryError` where it found no memory for its sums."
-    res = kernels().of[dtype][name](Call(**fields))
+    res = kernels().of[dtype][name](call)
     if res and name != 'lost': raise MemoryError(f'There was no memory left for the sums of learned_relu ({name})')
     return res

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .build import pointer, run, supported
+from .build import Call, pointer, run, supported
 from .layout import Layout, fitted, in_memory_order, layout_for, values_of, with_strides
 
 # %% ../../nbs/api/00_kernels.cpu.ipynb #ec8cd393
@@ -33,10 +33,11 @@ def plan(
     x:Tensor, # input, ordinary memory
     params:tuple, # leak, sub and maxv, which go with `x`
     channel_dim:int, # dimension of `x` that per-channel values run along
+    num:int, # values per parameter: 1, or the channels
 ) -> Plan|None: # None for other dtypes than float32, float64 and bfloat16, gaps, nothing at all, and without a compiler
     "How to go through `x`."
     if not x.is_cpu or x.numel() == 0 or not supported(x.dtype): return None
-    lay,num = layout_for(x, params, channel_dim, SHORT)
+    lay = layout_for(x, channel_dim, num, SHORT)
     return lay and Plan(lay, channel_dim, values_of(params, num, x.dtype), params, x.stride())
 
 # %% ../../nbs/api/00_kernels.cpu.ipynb #e00ca09f
@@ -46,10 +47,11 @@ def needs_input(
 ) -> Tensor|None: # boolean, `(num,)`; None where it can be found for all
     "Where `x` cannot be found again from the output."
     leak,sub,_ = values
-    given = dict(leak=pointer(leak), sub=pointer(sub), channels=len(leak))
-    if not run('lost', dtype, **given): return None
+    call = Call(leak=pointer(leak), sub=pointer(sub), channels=len(leak))
+    if not run('lost', dtype, call): return None
     which = leak.new_empty(leak.shape, dtype=torch.bool)
-    run('lost', dtype, signs=which.data_ptr(), **given)
+    call.signs = which.data_ptr()
+    run('lost', dtype, call)
     return which
 
 def kept_columns(
@@ -91,8 +93,9 @@ def forward(
         groups = (lay.channels, -(-lay.inner//8)) if lay.inner > 1 else (-(-lay.channels//8),)
         bits = torch.empty((lay.outer, *groups), dtype=torch.uint8, device=x.device)
     leak,sub,maxv = plan.values
-    run('forward', x.dtype, x=pointer(x), y=y.data_ptr(), signs=pointer(bits), leak=pointer(leak), sub=pointer(sub),
-        maxv=pointer(maxv), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat)
+    call = Call(x=pointer(x), y=y.data_ptr(), signs=pointer(bits), leak=pointer(leak), sub=pointer(sub),
+                maxv=pointer(maxv), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat)
+    run('forward', x.dtype, call)
     return y, bits
 
 def backward(
@@ -107,14 +110,17 @@ def backward(
     y,bits,kept = _as_they_were(y, bits, kept, plan)
     like,lay = kept if y is None else y,plan.lay
     if g.stride() != like.stride() or g.dtype != like.dtype: g = torch.empty_like(like).copy_(g)
-    dx,grads = torch.empty_like(like),[o.new_empty(o.shape) for o in plan.values] # contiguous, whatever their strides
-    width = lay.channels if y is None else 0 if kept is None else kept.shape[1]
-    leak,sub,maxv = map(pointer, plan.values)
-    dleak,dsub,dmaxv = (o.data_ptr() for o in grads)
-    run('backward', like.dtype, g=pointer(g), y=pointer(y), signs=pointer(bits), kept=pointer(kept),
-        slot=pointer(plan.slot), width=width, dx=dx.data_ptr(), dleak=dleak, dsub=dsub, dmaxv=dmaxv,
-        leak=leak, sub=sub, maxv=maxv, numel=like.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat)
-    return dx, *map(fitted, grads, plan.params)
+    leak,sub,maxv = plan.values
+    dx = torch.empty_like(like)
+    grads = dleak,dsub,dmaxv = [o.new_empty(o.shape) for o in plan.values] # contiguous, whatever their strides
+    call = Call(g=pointer(g), y=pointer(y), signs=pointer(bits), dx=dx.data_ptr(), leak=pointer(leak), sub=pointer(sub),
+                maxv=pointer(maxv), dleak=dleak.data_ptr(), dsub=dsub.data_ptr(), dmaxv=dmaxv.data_ptr(),
+                numel=like.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat)
+    if kept is not None:
+        call.kept,call.slot = pointer(kept),pointer(plan.slot)
+        call.width = lay.channels if y is None else kept.shape[1]
+    run('backward', like.dtype, call)
+    return dx, *(grads if plan.values is plan.params else map(fitted, grads, plan.params))
 
 # %% ../../nbs/api/00_kernels.cpu.ipynb #2620043e
 def positive(

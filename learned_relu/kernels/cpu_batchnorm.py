@@ -11,7 +11,7 @@ __all__ = ['normed_layout', 'normed_stats', 'normed_forward', 'normed_backward']
 import torch
 from torch import Tensor
 
-from .build import pointer, run, supported
+from .build import Call, pointer, run, supported
 from .cpu import SHORT
 from .layout import Layout, layout_of
 
@@ -27,8 +27,8 @@ def normed_layout(
 
 def _run(name, x, lay, **fields):
     given = {k: v if isinstance(v, (bool, float)) else pointer(v) for k,v in fields.items()}
-    run(name, x.dtype, x=pointer(x), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat,
-        **given)
+    run(name, x.dtype, Call(x=pointer(x), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat,
+                            **given))
 
 # %% ../../nbs/api/00_kernels.cpu_batchnorm.ipynb #22355a65
 def normed_stats(

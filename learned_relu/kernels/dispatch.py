@@ -31,6 +31,7 @@ class Backend(Protocol):
         x:Tensor, # input, ordinary memory
         params:tuple, # leak, sub and maxv, which go with `x`, on its device
         channel_dim:int, # dimension of `x` that per-channel values run along
+        num:int, # values per parameter: 1, or the channels
     ) -> Any: # what the other functions are handed as `plan`; None where this backend cannot
         "How to go through `x`."
 
@@ -91,11 +92,12 @@ def _native(x):
 _none = 'There is no kernel for {}: pass a tensor that is contiguous or channels last and not empty, on a GPU with ' \
         'Triton, or float32, float64 or bfloat16 on a CPU with a C++ compiler, and parameters on its device'
 
-def _planned(x, params, channel_dim, name):
-    backends = dict(kernel=[_native(x)], eager=[eager]).get(name, [_native(x), eager])
-    for backend in filter(None, backends):
-        plan = backend.plan(x, params, channel_dim)
-        if plan is not None: return backend, plan
+def _planned(x, params, channel_dim, num, name):
+    native = None if name == 'eager' else _native(x)
+    if native is not None:
+        plan = native.plan(x, params, channel_dim, num)
+        if plan is not None: return native, plan
+    if name != 'kernel': return eager, eager.plan(x, params, channel_dim, num)
     raise ValueError(_none.format(f'{x.dtype} on {x.device} with shape {tuple(x.shape)} and strides {x.stride()}'))
 
 # %% ../../nbs/api/00_kernels.dispatch.ipynb #c00fed5f
@@ -119,7 +121,7 @@ class _Curve(torch.autograd.Function):
     def backward(ctx, g):
         *params,y,signs,kept = ctx.saved_tensors
         how,need = ctx.how,ctx.needs_input_grad
-        memory = None if torch.is_grad_enabled() or transformed() else in_memory(g, y, signs, kept)
+        memory = None if torch.is_grad_enabled() else in_memory(g, y, signs, kept)
         if memory: grads = how.backend.backward(*memory, how.plan, need)
         else: grads = _differentiable(how, g, params, y, signs, kept)
         return *_needed(grads, need), None, None
@@ -131,11 +133,12 @@ def _differentiable(how, g, params, y, signs, kept):
     with torch.no_grad(): clipped = shifted(kept, *lines[:2]) >= lines[2]
     return gradients(g, kept > 0, clipped, negative_part(kept, lines[0]), params, lines)
 
-def _by_backend(x, params, channel_dim, name):
-    backend,plan = _planned(x, params, channel_dim, name)
-    if not (torch.is_grad_enabled() and any(o.requires_grad for o in (x, *params))):
-        return backend.forward(x, plan, False)[0]
-    kept,plan = backend.keep(x, plan, params[0].requires_grad)
+def _by_backend(x, params, channel_dim, num, name):
+    backend,plan = _planned(x, params, channel_dim, num, name)
+    leak,sub,maxv = params
+    learns = leak.requires_grad or sub.requires_grad or maxv.requires_grad
+    if not (torch.is_grad_enabled() and (learns or x.requires_grad)): return backend.forward(x, plan, False)[0]
+    kept,plan = backend.keep(x, plan, leak.requires_grad)
     whole = kept is x
     return _Curve.apply(x, *params, None if whole else kept, _How(backend, plan, channel_dim, whole))
 
@@ -155,8 +158,8 @@ def curve(
         if name == 'kernel' and not watched: raise ValueError(_none.format('what has no memory of its own'))
         return y
     check_input(x)
-    check_parameters(x, *params, channel_dim)
-    return _by_backend(memory[0], memory[1:], channel_dim, name)
+    num = check_parameters(x, *params, channel_dim)
+    return _by_backend(memory[0], memory[1:], channel_dim, num, name)
 
 def curve_gradients(
     g:Tensor, # gradient of the output, shape of `x`
@@ -166,7 +169,7 @@ def curve_gradients(
 ) -> tuple: # gradients of `x`, leak, sub and maxv, each in the shape and dtype of its own
     "The gradients of the curve from its input, not differentiable themselves; raises as `learned_relu` does."
     check_input(x)
-    check_parameters(x, *params, channel_dim)
+    num = check_parameters(x, *params, channel_dim)
     if g.shape != x.shape:
         raise ValueError(f'g has shape {tuple(g.shape)}, but x {tuple(x.shape)}: pass the gradient of the output')
     name = chosen()
@@ -174,7 +177,7 @@ def curve_gradients(
     with torch.no_grad():
         if memory:
             g,x,*params = memory
-            backend,plan = _planned(x, tuple(params), channel_dim, name)
+            backend,plan = _planned(x, tuple(params), channel_dim, num, name)
             return backend.backward(g, None, None, x, plan, (True,)*4)
         lines = leak,sub,maxv = lined_up(x, channel_dim, **dict(zip(('leak', 'sub', 'maxv'), params)))
         clipped = shifted(x, leak, sub) >= maxv

@@ -34,6 +34,7 @@ def plan(
     x:Tensor, # input, ordinary memory
     params:tuple, # leak, sub and maxv, which go with `x`
     channel_dim:int, # dimension of `x` that per-channel values run along
+    num:int, # values per parameter: 1, or the channels
 ) -> Plan:
     "How to go through `x`, whatever its dtype, device and layout."
     lines = lined_up(x, channel_dim, **dict(zip(('leak', 'sub', 'maxv'), (p.detach() for p in params))))

@@ -45,17 +45,16 @@ _layouts = {} # those that were worked out
 
 def layout_for(
     x:Tensor, # input
-    params:tuple, # leak, sub and maxv, each of one value or one per channel
     channel_dim:int, # dimension of `x` that per-channel values run along
+    num:int, # values per parameter: 1, or the channels
     short:int=1, # rows of less elements are taken as columns
-) -> tuple: # `Layout`, or None as `layout_of` returns it; values per parameter
-    "`layout_of` for parameters that go with `x`, remembered."
-    num = max(p.numel() for p in params)
+) -> Layout|None: # as `layout_of` returns it
+    "`layout_of`, remembered."
     key = x.shape, x.stride(), channel_dim, num, short
     if key not in _layouts:
         if len(_layouts) == 4096: _layouts.clear() # inputs of ever new shapes
         _layouts[key] = layout_of(x, channel_dim, num, short)
-    return _layouts[key], num
+    return _layouts[key]
 
 # %% ../../nbs/api/00_kernels.layout.ipynb #5b4eb8ef
 def values_of(
@@ -64,8 +63,10 @@ def values_of(
     dtype:torch.dtype, # of the activations
 ) -> tuple: # leak, sub and maxv, each `(num,)`, in float32, for float64 in float64; `params` itself where it is that
     "Parameters as the kernels read them, without a graph."
-    wide = torch.promote_types(dtype, torch.float32)
-    if all(p.shape == (num,) and p.dtype == wide and p.is_contiguous() for p in params): return params
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for p in params:
+        if p.dtype is not wide or p.ndim != 1 or len(p) != num or not p.is_contiguous(): break
+    else: return params
     def ready(p):
         p = p.detach().reshape(-1).expand(num)
         return (p if p.dtype == wide else p.to(dtype).to(wide)).contiguous()

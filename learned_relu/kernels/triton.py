@@ -124,7 +124,7 @@ def works(
     "Whether the kernels run on `device`, tried once in a process."
     try:
         x,values = torch.zeros(2, 2, device=device),tuple(torch.zeros(3, 2, device=device))
-        how = _planned(x, values, 1)
+        how = _planned(x, values, 1, 2)
         forward(x, how)
         backward(x, None, None, x, how)
         return True
@@ -134,18 +134,19 @@ def works(
                       stacklevel=2)
         return False
 
-def _planned(x, params, channel_dim):
-    lay,num = layout_for(x, params, channel_dim, SHORT)
+def _planned(x, params, channel_dim, num):
+    lay = layout_for(x, channel_dim, num, SHORT)
     return lay and Plan(lay, values_of(params, num, x.dtype), params, x.stride())
 
 def plan(
     x:Tensor, # input, ordinary memory
     params:tuple, # leak, sub and maxv, which go with `x`
     channel_dim:int, # dimension of `x` that per-channel values run along
+    num:int, # values per parameter: 1, or the channels
 ) -> Plan|None: # None for gaps, nothing at all, and a GPU that the kernels do not run on
     "How to go through `x`."
     if x.dtype not in _dtypes or x.numel() == 0 or not works(x.device): return None
-    return _planned(x, params, channel_dim)
+    return _planned(x, params, channel_dim, num)
 
 def keep(
     x:Tensor, # input
