@@ -46,7 +46,7 @@ def _looked_at(tensors):
 
 def in_memory(
     *tensors:Tensor, # any tensors, or None, which stays
-) -> tuple: # the tensors, lazy negations carried out; None if one is no ordinary memory, or on another device, or watched
+) -> tuple: # the tensors, lazy negations carried out; None if one is no ordinary memory, is elsewhere, or is watched
     "The one gate before native code: tensors that may be read where they say they are."
     try:
         if _modes(): return None
