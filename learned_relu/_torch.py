@@ -26,13 +26,14 @@ def transformed() -> bool: # True under torch.compile, export, tracing, torch.fu
 
 # %% ../nbs/api/00_torch.ipynb #c01d6778
 _keys = getattr(torch._C, '_dispatch_keys', None)
+_name = getattr(getattr(torch._C, 'DispatchKeySet', None), 'raw_repr', repr) # PyTorch 2.4 has the longer one only
 _on_cpu = set() # keys that were found to be those of ordinary memory of the CPU
 
 @functools.cache
 def _ordinary(device_type):
     with torch.inference_mode(): frozen = torch.empty(0, device=device_type)
     with torch.inference_mode(False): usual = torch.empty(0, device=device_type)
-    return {_keys(o).raw_repr() for o in (frozen, usual)}
+    return {_name(_keys(o)) for o in (frozen, usual)}
 
 def _looked_at(tensors):
     if _keys is None or _modes is None: return None
@@ -40,7 +41,7 @@ def _looked_at(tensors):
     tensors = tuple(t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors)
     given = [t for t in tensors if t is not None]
     if len({t.device for t in given}) > 1: return None
-    if any(_keys(t).raw_repr() not in _ordinary(t.device.type) for t in given): return None
+    if any(_name(_keys(t)) not in _ordinary(t.device.type) for t in given): return None
     _on_cpu.update(_ordinary('cpu'))
     return tensors
 
@@ -51,6 +52,6 @@ def in_memory(
     try:
         if _modes(): return None
         for t in tensors:
-            if t is not None and _keys(t).raw_repr() not in _on_cpu: return _looked_at(tensors)
+            if t is not None and _name(_keys(t)) not in _on_cpu: return _looked_at(tensors)
     except TypeError: return _looked_at(tensors) # no tensor, or no such question
     return tensors

@@ -150,12 +150,12 @@ def curve(
     name:str=None, # 'reference', 'eager' or 'kernel'; None for what was chosen, or else the fastest that `x` allows
 ) -> Tensor: # shape, dtype, device and memory format of `x`
     "The curve by the backend that is asked for or that can; raises as `learned_relu` does."
-    watched = name is None and transformed()
+    if name is None and transformed(): return learned_relu_reference(x, *params, channel_dim)
     name = chosen() if name is None else _checked(name)
-    memory = None if watched or name == 'reference' else in_memory(x, *params)
+    memory = None if name == 'reference' else in_memory(x, *params)
     if memory is None:
         y = learned_relu_reference(x, *params, channel_dim) # which says what is wrong with them, if anything is
-        if name == 'kernel' and not watched: raise ValueError(_none.format('what has no memory of its own'))
+        if name == 'kernel': raise ValueError(_none.format('what has no memory of its own'))
         return y
     check_input(x)
     num = check_parameters(x, *params, channel_dim)
