@@ -1,12 +1,19 @@
 "The kernels over shapes, layouts, dtypes and slopes, for `test_sanitizers.py`: whatever they read or write beside their tensors ends the process."
+# ruff: noqa: E402, I001
+import os
 import sys
+
+from learned_relu.kernels import build
+
+FLAGS = [o for o in build._flags() if o != '-O3']
+build._flags = lambda: [*FLAGS, '-O0']  # with judges in every line more would take minutes
+if sys.argv[1:] == ['compile']: sys.exit(0 if build.compiled(os.environ['CXX']) else 1)
 
 import torch
 from test_cpu import DTYPES, SHAPES, SLOPES, inputs
 
 from learned_relu.batchnorm import bn_learned_relu
 from learned_relu.functional import learned_relu
-from learned_relu.kernels import build
 
 MORE = [((1, 1), 1), ((2, 8, 8, 8), 1), ((2, 7, 65), 1), ((33, 2100), 1), ((3, 4100), 0), ((70, 16, 2, 2), 1)]
 
@@ -38,8 +45,6 @@ def batchnorm_cases():
 
 
 if __name__ == '__main__':
-    flags = [o for o in build._flags() if o != '-O3']
-    build._flags = lambda: [*flags, '-O0']  # with judges in every line more would take minutes
     assert build.kernels() is not None
     if sys.argv[1:] == ['break']:  # what the test must notice: one element too few
         x, ps = torch.randn(40, 8), [torch.ones(8) for _ in range(3)]
