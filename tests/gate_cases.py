@@ -22,6 +22,10 @@ SHAPE = 4, 3, 5, 5
 class Named(torch.Tensor): "A subclass with memory of its own"
 
 
+def frozen(t):
+    with torch.inference_mode(): return t.clone()
+
+
 def stored(t):
     "As a view of a larger storage that was swapped in behind the tensor"
     res = torch.empty(0, dtype=t.dtype)
@@ -31,7 +35,7 @@ def stored(t):
 KINDS = dict(plain=lambda t: t, negated=lambda t: torch._neg_view(-t), imaginary=lambda t: torch.complex(t, -t).conj().imag,
              wrapper=lambda t: TwoTensor(t, t.clone()), subclass=lambda t: t.as_subclass(Named), swapped=stored,
              transposed=lambda t: t.mT.contiguous().mT if t.ndim > 1 else t, parameter=nn.Parameter,
-             inference=lambda t: t, double=lambda t: t)
+             inference=frozen)
 
 
 def alike(a, b):
@@ -94,10 +98,6 @@ def zeros_that_nobody_wrote():
         if role == 'g': case('zeros g', lambda: run(learned_relu, zero), lambda: run(learned_relu_reference, torch.zeros_like))
         else: case(f'zeros {role}', lambda: run(learned_relu, zero), lambda: run(learned_relu_reference, zero))
     v = values()
-    x = v['x'].requires_grad_()
-    y = learned_relu(x, v['leak'], v['sub'], v['maxv'])
-    a, b = torch.autograd.grad((y*y.detach()).sum(), x, create_graph=True)[0], None
-    assert a.requires_grad or b is None
     bn_args = [v[o] for o in NORM]
     bn_args[1] = zero(v['g'])
     case('zeros batchnorm g', lambda: bn(bn_learned_relu, *bn_args), lambda: bn(None, bn_args[0], torch.zeros(SHAPE), *bn_args[2:]))
@@ -177,13 +177,11 @@ def other_functions():
                     return y, *torch.autograd.grad(y, x, v['g'])
                 case(f'{name} {kind} {role}', lambda: run(KINDS[kind]), lambda: run(KINDS['plain']))
     v = values()
-    want = learned_relu_gradients(*(v[o] for o in CURVE))
     for role in CURVE:
         for kind in KINDS:
             given = values(**{role: KINDS[kind]})
             case(f'gradients {kind} {role}', lambda given=given: learned_relu_gradients(given['g'], given['x'], *(given[o] for o in CURVE[2:])),
                  lambda: learned_relu_gradients(v['g'], v['x'], *(v[o] for o in CURVE[2:])))
-    assert len(want) == 4
 
 
 def under_autocast():
