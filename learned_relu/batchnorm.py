@@ -6,7 +6,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/batchnorm.html.md"""
 
 # %% auto #0
 __all__ = ['bn_learned_relu', 'DeferredBatchNorm1d', 'DeferredBatchNorm2d', 'DeferredBatchNorm3d', 'can_defer', 'BnLearnedRelu',
-           'fuse_bn', 'norms_before', 'fuse_batchnorms', 'unfuse_batchnorms']
+           'fuse_bn', 'nothing_to_fuse', 'fuse_batchnorms', 'unfuse_batchnorms']
 
 # %% ../nbs/api/03_batchnorm.ipynb #446b31ed
 import torch
@@ -20,7 +20,8 @@ from .kernels.dispatch import chosen
 from .kernels.layout import fitted, values_of, with_strides
 from .layers import LearnedRelu
 from .reference import check_parameters
-from .trace import dummy_input, fed_by, places_of
+from .calls import fed_by
+from .trace import dummy_input, places_of
 
 # %% ../nbs/api/03_batchnorm.ipynb #f856a570
 def _kernel_forward(x, weight, bias, params, running_mean, running_var, training, momentum, eps, lay):
@@ -189,28 +190,25 @@ def fuse_bn(
     act._bn = (bn,) # in a tuple: it is a submodule of the model, not of this layer
 
 # %% ../nbs/api/03_batchnorm.ipynb #fc4b9098
-def norms_before(
+def nothing_to_fuse(
     model:nn.Module, # any model
-    acts, # activations of it
-    sample=None, # input to run once: a tensor or a tuple of tensors; None derives one from the first layer
-) -> dict: # activation -> BatchNorm
-    "Which of `acts` a BatchNorm feeds, and nothing else; `ValueError` where there is none."
-    norms = [m for m in model.modules() if can_defer(m)]
-    pairs = {}
-    if norms and acts: pairs = fed_by(model, norms, list(acts), dummy_input(model) if sample is None else sample)
-    if not pairs:
-        raise ValueError(f'There is nothing to fuse: {type(model).__name__} has {len(norms)} BatchNorms of the kinds '
-                         f'that can be fused and {len(acts)} activations that could take one over, none of which is '
-                         'fed by one directly and alone')
-    return pairs
+    acts:int, # how many activations of it could take a BatchNorm over
+) -> str: # one sentence
+    "Why no BatchNorm of `model` can be computed together with an activation."
+    norms = sum(can_defer(m) for m in model.modules())
+    return (f'There is nothing to fuse: {type(model).__name__} has {norms} BatchNorms of the kinds that can be fused and '
+            f'{acts} activations that could take one over, none of which is fed by one directly and alone')
 
 def fuse_batchnorms(
     model:nn.Module, # a model with `LearnedRelu`s, changed in place
-    sample=None, # input to run once: a tensor or a tuple of tensors; None derives one from the first layer
+    sample=None, # input to run once: a tensor, a tuple of tensors or a dict; None derives one from the first layer
 ) -> dict: # name of each activation fused -> name of the BatchNorm, all of them where it stands in several places
     "Let each `LearnedRelu` compute the BatchNorm that it alone is fed by; `ValueError` where there is none."
     names = places_of(model, nn.Module)
-    pairs = norms_before(model, [m for m in names if type(m) is LearnedRelu and m.channel_dim == 1], sample)
+    norms = [m for m in names if can_defer(m)]
+    acts = [m for m in names if type(m) is LearnedRelu and m.channel_dim == 1]
+    pairs = norms and acts and fed_by(model, norms, acts, dummy_input(model) if sample is None else sample)
+    if not pairs: raise ValueError(nothing_to_fuse(model, len(acts)))
     for act,bn in pairs.items(): fuse_bn(bn, act)
     return {', '.join(names[act]): ', '.join(names[bn]) for act,bn in pairs.items()}
 
