@@ -198,7 +198,8 @@ def under_autocast():
 
 def distributed():
     "Parameters of a layer that was distributed, beside an input that was and one that was not"
-    try: from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+    try:
+        from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
     except ImportError: return print('ok distributed: this PyTorch has it under another name', flush=True)
     v = values()
     want = curve(learned_relu_reference, *(v[o].clone() for o in CURVE))
