@@ -46,6 +46,13 @@ def test_a_torch_without_any_of_them_can_be_imported():
     assert done.stdout == 'fine\n', done.stderr[-2000:]
 
 
+def test_without_one_call_for_many_each_is_copied(monkeypatch):
+    monkeypatch.setattr(_torch, '_copy_each', None)
+    to, values = [torch.zeros(2), torch.zeros(3)], [torch.randn(2), torch.randn(3)]
+    _torch.copy_each(to, values)
+    assert all(map(torch.equal, to, values))
+
+
 @compiled
 def test_the_switch_for_a_process_a_block_and_a_call():
     x, ps = torch.randn(4, 3, requires_grad=True), [torch.full((3,), o, requires_grad=True) for o in (.1, .2, 1.)]
