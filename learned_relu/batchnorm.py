@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._torch import in_memory, transformed
 from .functional import learned_relu, learned_relu_gradients
-from .kernels.cpu_batchnorm import normed_backward, normed_forward, normed_layout, normed_stats
+from .kernels.cpu_batchnorm import Norm, normed_backward, normed_forward, normed_layout, normed_stats
 from .kernels.dispatch import chosen
 from .kernels.layout import fitted, values_of, with_strides
 from .layers import LearnedRelu
@@ -30,7 +30,8 @@ def _kernel_forward(x, weight, bias, params, running_mean, running_var, training
         n = x.numel()/len(mean)
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         running_var.mul_(1 - momentum).add_(var, alpha=momentum*n/(n - 1))
-    return normed_forward(x, weight, bias, mean, var, eps, values_of(params, len(mean), x.dtype), lay), mean, var
+    norm = Norm(weight, bias, mean, var, eps, values_of(params, len(mean), x.dtype), lay)
+    return normed_forward(x, norm), mean, var
 
 def _differentiable(ctx, g, x, weight, bias, params, running, again):
     with torch.enable_grad():
@@ -78,8 +79,8 @@ class _BnLearnedRelu(torch.autograd.Function):
         if not memory: grads = _differentiable(ctx, g, x, weight, bias, params, running, again)
         elif not ctx.lay: grads = _by_operations(ctx, g, x, weight, bias, params, running, mean, spread)
         else:
-            x,values = with_strides(x, ctx.strides),values_of(params, len(mean), x.dtype)
-            dx,dw,db,*grads = normed_backward(g, x, weight, bias, mean, spread, ctx.eps, values, ctx.lay, ctx.training)
+            norm = Norm(weight, bias, mean, spread, ctx.eps, values_of(params, len(mean), x.dtype), ctx.lay)
+            dx,dw,db,*grads = normed_backward(g, with_strides(x, ctx.strides), norm, ctx.training)
             grads = dx, None if weight is None else dw, None if bias is None else db, *map(fitted, grads, params)
         return *(o if n else None for o,n in zip(grads, ctx.needs_input_grad)), *[None]*6
 
