@@ -12,8 +12,10 @@ __all__ = ['bn_learned_relu', 'DeferredBatchNorm1d', 'DeferredBatchNorm2d', 'Def
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ._torch import in_memory, transformed
+from .act_layer import call_in_graph
 from .functional import learned_relu, learned_relu_gradients
 from .kernels.cpu_batchnorm import normed_backward, normed_forward, normed_layout, normed_stats
 from .kernels.dispatch import chosen
@@ -125,6 +127,7 @@ class _Deferred:
         x:Tensor, # activations, `(batch, channels, *)`
     ) -> Tensor: # `x` as it is
         "Only check `x`: the `BnLearnedRelu` that follows normalises it."
+        if isinstance(x, Proxy): return call_in_graph(self, x)
         self._check_input_dim(x)
         self._called = True
         return x
@@ -154,6 +157,7 @@ class BnLearnedRelu(LearnedRelu):
         x:Tensor, # activations before BatchNorm, `(batch, channels, *)`, floating point
     ) -> Tensor: # shape, dtype and memory format of `x`
         "The curve at the normalised `x`; `RuntimeError` where the BatchNorm before it is not the one it began with."
+        if isinstance(x, Proxy): return call_in_graph(self, x)
         bn, = self._bn
         if not bn._called:
             raise RuntimeError('The BatchNorm that this activation was fused with was not called before it: it was '
