@@ -12,8 +12,10 @@ __all__ = ['bn_learned_relu', 'DeferredBatchNorm1d', 'DeferredBatchNorm2d', 'Def
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from ._torch import in_memory, transformed
+from ._torch import in_memory, set_compiled_call, transformed
+from .act_layer import call_in_graph
 from .functional import learned_relu, learned_relu_gradients
 from .kernels.cpu_batchnorm import Norm, normed_backward, normed_forward, normed_layout, normed_stats
 from .kernels.dispatch import chosen
@@ -127,6 +129,7 @@ class _Deferred:
         x:Tensor, # activations, `(batch, channels, *)`
     ) -> Tensor: # `x` as it is
         "Only check `x`: the `BnLearnedRelu` that follows normalises it."
+        if isinstance(x, Proxy): return call_in_graph(self, x)
         self._check_input_dim(x)
         self._called = True
         return x
@@ -156,6 +159,7 @@ class BnLearnedRelu(LearnedRelu):
         x:Tensor, # activations before BatchNorm, `(batch, channels, *)`, floating point
     ) -> Tensor: # shape, dtype and memory format of `x`
         "The curve at the normalised `x`; `RuntimeError` where the BatchNorm before it is not the one it began with."
+        if isinstance(x, Proxy): return call_in_graph(self, x)
         bn, = self._bn
         if not bn._called:
             raise RuntimeError('The BatchNorm that this activation was fused with was not called before it: it was '
@@ -176,7 +180,7 @@ class BnLearnedRelu(LearnedRelu):
 
 def _become(module, cls): # the same object, so that an optimizer, a hook or a second name for it goes on
     module.__class__ = cls
-    module._compiled_call_impl = None # made for what it was
+    set_compiled_call(module, None) # made for what it was
 
 def fuse_bn(
     bn:nn.Module, # BatchNorm, changed in place

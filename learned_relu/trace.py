@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ._torch import compiled_call, inside_compiled, set_compiled_call
+
 # %% ../nbs/api/02_trace.ipynb #4bfb0d89
 @contextmanager
 def no_trace(
@@ -51,19 +53,19 @@ def is_compiled(
     model:nn.Module, # any model
 ) -> bool: # True after `model.compile()`, or `torch.compile(model)`, also for a part of it
     "Whether `model` or a part of it runs compiled."
-    return any(getattr(m, '_compiled_call_impl', None) is not None or hasattr(m, '_orig_mod') for m in model.modules())
+    return any(compiled_call(m) is not None or inside_compiled(m) is not None for m in model.modules())
 
 @contextmanager
 def uncompiled(
     model:nn.Module, # any model
 ):
     "Context in which modules that were compiled in place run as they are written."
-    calls = {m: m._compiled_call_impl for m in model.modules() if getattr(m, '_compiled_call_impl', None) is not None}
+    calls = {m: f for m in model.modules() if (f := compiled_call(m)) is not None}
     try:
-        for m in calls: m._compiled_call_impl = None
+        for m in calls: set_compiled_call(m, None)
         yield
     finally:
-        for m,f in calls.items(): m._compiled_call_impl = f
+        for m,f in calls.items(): set_compiled_call(m, f)
 
 # %% ../nbs/api/02_trace.ipynb #b7f01a54
 def run_once(
