@@ -74,7 +74,7 @@ def _storage(t):
 
 def _tensors(o): return [o] if isinstance(o, Tensor) else [t for t in tree_leaves(o) if isinstance(t, Tensor)]
 
-# %% ../nbs/api/02_flow.ipynb #03b66fd9
+# %% ../nbs/api/02_flow.ipynb #401b706e
 class Flow(TorchFunctionMode):
     "Mode that keeps an `Origin` of each tensor, and hands calls of `watched` functions to `enter` and `leave`."
     def __init__(self,
@@ -116,7 +116,7 @@ class Flow(TorchFunctionMode):
         outs = _tensors(out)
         if name in _looks or name == '__get__' and not outs: return out
         self.read(tensors)
-        self.counts[name] += name in self.counts
+        if name in self.counts: self.counts[name] += 1
         if call is not None: return self.leave(call, tensors[0], out)
         known = [(t, o) for t in tensors if (o := self.origins.get(t)) is not None and o.dim is not None]
         weights = tuple(id(t) for t in tensors[1:] if isinstance(t, nn.Parameter))

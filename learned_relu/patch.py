@@ -23,7 +23,7 @@ from .plan import Curves, decide, joined, slots_of, traced
 from .swap import astray, carry_over, restore, swapped
 from .trace import dummy_input, is_compiled, places_of
 
-# %% ../nbs/api/04_patch.ipynb #a20ec03e
+# %% ../nbs/api/04_patch.ipynb #39dbfa9f
 def _refuse_wrapped(model):
     wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     if wrapped or is_compiled(model):
@@ -33,7 +33,8 @@ def _refuse_wrapped(model):
 
 def _refuse(model, layer, replace, shared, channel_dim, fuse_bn):
     _refuse_wrapped(model)
-    if shared not in ('split', 'tie', 'error'): raise ValueError(f"shared is {shared!r}: pass 'split', 'tie' or 'error'")
+    if shared not in ('split', 'tie', 'error'):
+        raise ValueError(f"shared is {shared!r}: pass 'split', 'tie' or 'error'")
     if fuse_bn and (layer is not LearnedRelu or channel_dim not in (None, 1)):
         raise ValueError(f'fuse_bn goes with LearnedRelu along dimension 1, and layer is {layer.__name__}, '
                          f'channel_dim {channel_dim}: leave one of them out')
@@ -49,8 +50,8 @@ def _refuse_empty(model, slots, mine, replace, include, exclude):
         if not any(fnmatch(n, e) for s in slots for n in s.names):
             raise ValueError(f'exclude={e!r} matches none of the activations: look at patch_relus(model, dry_run=True)')
     if mine: return
-    raise ValueError(f'There is nothing to patch: no {replace} among the modules of {type(model).__name__}, and no ReLU '
-                     f'called as a function, with include={include!r}, exclude={exclude!r}')
+    raise ValueError(f'There is nothing to patch: no {replace} among the modules of {type(model).__name__}, '
+                     f'and no ReLU called as a function, with include={include!r}, exclude={exclude!r}')
 
 def _refuse_shared(slots):
     for s in slots:
@@ -58,7 +59,7 @@ def _refuse_shared(slots):
             raise ValueError(f"shared='error', and {', '.join(s.names)} is called {len(s.calls)} times: pass "
                              "shared='split' for a curve for each call, or shared='tie' for one")
 
-# %% ../nbs/api/04_patch.ipynb #e1e5cf86
+# %% ../nbs/api/04_patch.ipynb #960a34bc
 _family = 'leak', 'sub', 'maxv'
 
 def _trained(model):
@@ -72,18 +73,20 @@ def _start(model, init, layer, kwargs):
         raise ValueError(f"init is {init!r}: pass 'same', 'data', a dict of starting values, or None")
     fits = set(_family) <= set(inspect.signature(layer).parameters)
     if init and not fits:
-        raise ValueError(f'init={init!r} needs a layer with leak, sub and maxv, and {layer.__name__} is none: leave it out')
+        raise ValueError(f'init={init!r} needs a layer with leak, sub and maxv, and {layer.__name__} is none: '
+                         'leave it out')
     n = 0 if init or not fits or set(kwargs) & set(_family) else _trained(model)
     if not n: return init, kwargs, []
-    return 'same', kwargs, [f'The model has been trained (BatchNorm counted {n} batches): its curves start as the activations '
-                            f'that stood there. init={{}} starts them at the values of {layer.__name__}']
+    return 'same', kwargs, [f'The model has been trained (BatchNorm counted {n} batches): its curves start as the '
+                            f'activations that stood there. init={{}} starts them at the values of {layer.__name__}']
 
 def _new(slot, layer, init, kwargs, p):
     "The curves of `slot`."
     takes,old = inspect.signature(layer).parameters,slot.old
     values = curve_values(old, torch.float32 if p is None else p.dtype) if init == 'same' else {}
     if values is None:
-        raise ValueError(f"init='same', and {slot.names[0]} is a {slot.kind}, which is none of the ReLU family: leave it out")
+        raise ValueError(f"init='same', and {slot.names[0]} is a {slot.kind}, which is none of the ReLU family: "
+                         'leave it out')
     for n,d in slot.channels:
         own = dict(num_parameters=n) if n and 'num_parameters' in takes else {}
         if d not in (None, 1) and 'channel_dim' in takes: own['channel_dim'] = d
@@ -102,7 +105,7 @@ def _unfit(slot, layer):
     if slot.read_later and not issubclass(layer, ActLayer):
         return f'it overwrites its input, which is read again, and {layer.__name__} does not: left alone'
 
-# %% ../nbs/api/04_patch.ipynb #6359e674
+# %% ../nbs/api/04_patch.ipynb #82344db1
 def _rows(slots, layer, fused):
     for s in slots:
         where,n = ', '.join(s.names),len(s.calls) if s.traced else None
@@ -125,7 +128,7 @@ def _norms(model, slots):
     return norms, {k: ', '.join(names[bn]) for k,bn in norms.items()}
 
 def _found(model, sample, replace, required):
-    "Slots with their calls, other activations that ran, and the sample; untraced where no run is `required` and none possible."
+    "Slots with their calls, other activations, and the sample; untraced where no run is `required` nor possible."
     slots,given = slots_of(model, replace),sample is not None
     try:
         if not given: sample = dummy_input(model)
@@ -139,7 +142,7 @@ def _found(model, sample, replace, required):
     if functions: others['relu()'] = sum(len(s.calls) for s in functions)
     return slots, others, sample
 
-# %% ../nbs/api/04_patch.ipynb #da56ae44
+# %% ../nbs/api/04_patch.ipynb #e9e45485
 def patch_relus(
     model:nn.Module, # a built model, changed in place; not wrapped, not compiled
     sample=None, # what to run once: a tensor, a tuple of them, or a dict of keyword arguments; None derives a tensor
@@ -168,7 +171,8 @@ def patch_relus(
         decide(found, shared, channel_dim, counts, forced)
         for s in found:
             if s.groups and (why := _unfit(s, layer)): s.groups,s.note = [],why
-        slots = sorted((s for s in found if s.groups or 'cl' not in s.kind), key=lambda s: s.order) # a clamp may be no ReLU
+        slots = [s for s in found if s.groups or 'cl' not in s.kind] # a clamp that stays may be no ReLU
+        slots.sort(key=lambda s: s.order)
         mine = [s for s in slots if wanted(s)]
         _refuse_empty(model, slots, mine, replace, include, exclude)
         chosen = [s for s in mine if s.groups]
@@ -190,7 +194,7 @@ def patch_relus(
 
 class _Again(Exception): pass
 
-# %% ../nbs/api/04_patch.ipynb #a0fd7ba0
+# %% ../nbs/api/04_patch.ipynb #65ae817a
 def unpatch_relus(
     model:nn.Module, # a model with activations put in by `patch_relus`, or built in; changed in place; not wrapped
 ) -> PatchReport: # one row per curve taken out
@@ -198,7 +202,8 @@ def unpatch_relus(
     _refuse_wrapped(model)
     places = places_of(model, nn.Module)
     inner = {o for m in places if isinstance(m, Curves) for o in m}
-    places = {m: ns for m,ns in places.items() if (hasattr(m, '_replaced') or isinstance(m, ActLayer)) and m not in inner}
+    mine = {m for m in places if hasattr(m, '_replaced') or isinstance(m, ActLayer)} - inner
+    places = {m: ns for m,ns in places.items() if m in mine}
     if not places: raise ValueError(f'There is nothing to undo: {type(model).__name__} has no activation of ours')
     rows = []
     unfuse_batchnorms(model)

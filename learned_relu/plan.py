@@ -112,14 +112,14 @@ def joined(
         f.places += s.places; f.names += s.names; f.calls += s.calls
     return res
 
-# %% ../nbs/api/04_plan.ipynb #bf235915
+# %% ../nbs/api/04_plan.ipynb #d778cf84
 _turns = 16
 
 def _grouped(calls):
     "Calls that share a curve, and how many callers up a loop makes them, each turn a group."
     sites = {}
     for c in calls: sites.setdefault(c.site.key, []).append(c)
-    if len(sites) > 1: return list(sites.values()), None
+    if len(sites) > 1 or len(calls) == 1: return list(sites.values()), None
     for level,steps in enumerate(zip(*(c.path for c in calls))):
         if len({s.key for s,_ in steps}) > 1: break
         if len({run for _,run in steps}) > 1: continue
