@@ -21,7 +21,7 @@ from .flow import Flow
 from .sites import calling_sites
 from .trace import run_once
 
-# %% ../nbs/api/03_calls.ipynb #31f82f07
+# %% ../nbs/api/03_calls.ipynb #9ace23c8
 _relus = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _clamps = {torch.clamp, torch.clamp_, torch.clip, torch.clip_, torch.clamp_min, torch.clamp_min_, Tensor.clamp,
            Tensor.clamp_, Tensor.clip, Tensor.clip_, Tensor.clamp_min, Tensor.clamp_min_}
@@ -44,6 +44,7 @@ class Call:
     channel_dim:int # dimension of the channels there, from 0; None where nothing tells
     weights:tuple # ids of the weights that made its input
     origin:object # what is known of its input
+    result:object = None # and of its output
     norm:nn.Module = None # the watched module whose output it alone reads
     read_later:bool = False # it changed its input in place, and that was read afterwards
     odd:bool = False # a ReLU by its class that computed something else
@@ -53,7 +54,7 @@ class Call:
     @property
     def run(self): return self.path[0][1]
 
-# %% ../nbs/api/03_calls.ipynb #5113ad15
+# %% ../nbs/api/03_calls.ipynb #065734dd
 class _Watch:
     "What the hooks of one run note."
     def __init__(self):
@@ -71,6 +72,7 @@ class _Watch:
             self.flow.wrote(x, call)
             out = x.view_as(x)
         self.flow.note(out, dim=call.origin.dim, weights=call.origin.weights)
+        call.result = self.flow.origins[out]
         return out
 
     def act_enters(self, m, args, kwargs):
@@ -99,7 +101,7 @@ class _Watch:
 
 _own = {f.__code__.co_filename for f in (_Watch.entered, Flow.read, calling_sites, run_once)} # not the model's
 
-# %% ../nbs/api/03_calls.ipynb #1d8d6be8
+# %% ../nbs/api/03_calls.ipynb #4802e521
 def trace_calls(
     model:nn.Module, # the model to run once
     acts:list, # the modules to watch
@@ -119,6 +121,7 @@ def trace_calls(
         for h in hooks: h.remove()
     watch.flow.read([o for o in tree_leaves(out) if isinstance(o, Tensor)])
     for c in watch.calls:
+        if c.channel_dim is None and c.result: c.channel_dim = c.result.fed
         if c.origin.uses == 1 and watch.normed_times[c.origin.maker] == 1: c.norm = c.origin.maker
     return watch.calls, +watch.flow.counts
 

@@ -112,14 +112,17 @@ def joined(
         f.places += s.places; f.names += s.names; f.calls += s.calls
     return res
 
-# %% ../nbs/api/04_plan.ipynb #d778cf84
+# %% ../nbs/api/04_plan.ipynb #d1a6e74b
 _turns = 16
 
 def _grouped(calls):
     "Calls that share a curve, and how many callers up a loop makes them, each turn a group."
     sites = {}
     for c in calls: sites.setdefault(c.site.key, []).append(c)
-    if len(sites) > 1 or len(calls) == 1: return list(sites.values()), None
+    if len(sites) > 1 or len(calls) == 1: # of several sites, one may be in a loop: its turns come last
+        loops = [cs for cs in sites.values() if 1 < len(cs) <= _turns and len({c.run for c in cs}) == 1]
+        if len(loops) != 1: return list(sites.values()), None
+        return [cs for cs in sites.values() if cs is not loops[0]] + [[c] for c in loops[0]], None
     for level,steps in enumerate(zip(*(c.path for c in calls))):
         if len({s.key for s,_ in steps}) > 1: break
         if len({run for _,run in steps}) > 1: continue
@@ -133,7 +136,8 @@ def _why(slot, groups, level):
     "Why these groups cannot be told apart."
     for g in groups[:None if level is None else 1]:
         for i,(site,_) in enumerate(g[0].path[:(level or 0) + 1]):
-            why = why_fixed(site, '' if i else _called(slot, g[0]), i == level, not i and slot.old is None)
+            counts = i == level or level is None and sum(o[0].site.key == site.key for o in groups) > 1
+            why = why_fixed(site, '' if i else _called(slot, g[0]), counts, not i and slot.old is None)
             if why: return f'{why} ({site})'
     return ''
 
@@ -152,7 +156,7 @@ def _share(slot, shared, why):
         n = 'one curve' if len(slot.groups) == 1 else f'{len(slot.groups)} curves'
         slot.note = f'called {len(calls)} times: {n}, tied' + (f', since {why}' if why else '')
 
-# %% ../nbs/api/04_plan.ipynb #ace29670
+# %% ../nbs/api/04_plan.ipynb #cf22ee6b
 def _seen(calls, channel_dim):
     "Channels that a curve sees, and along which dimension; in place of the number, why there is none."
     seen = {}
@@ -186,8 +190,11 @@ def _edit(slot):
     first,attr = slot.calls[0],slot.places[0][1] if slot.old is None else ''
     kind = 'pick' if slot.old is not None else 'method' if _is_method(first.func) else 'call'
     if slot.level is None:
-        for i,g in enumerate(slot.groups):
-            edit(g[0].site, _called(slot, g[0]), kind, attr, i if len(slot.groups) > 1 else ONLY)
+        turns = {}
+        for i,g in enumerate(slot.groups): turns.setdefault(g[0].site.key, []).append(i)
+        for i,*more in turns.values():
+            index = NEXT if more else i if len(slot.groups) > 1 else ONLY
+            edit(slot.groups[i][0].site, _called(slot, slot.groups[i][0]), kind, attr, index, i)
         return
     for i,(site,_) in enumerate(first.path[:slot.level + 1]):
         index = NEXT if i == slot.level else TOLD

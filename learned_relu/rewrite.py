@@ -22,7 +22,7 @@ from torch import nn
 
 from .sites import Site, call_at, definition_of
 
-# %% ../nbs/api/02_rewrite.ipynb #a3c2557f
+# %% ../nbs/api/02_rewrite.ipynb #11b95a81
 ONLY,NEXT,TOLD = -3,-2,-1 # which curve: there is one only, the next of a loop, the one that the caller says
 
 class Edit(NamedTuple):
@@ -32,6 +32,7 @@ class Edit(NamedTuple):
     kind:str # 'pick' a curve, 'call' a module in place of a function, or of a 'method' of the input, 'pass' the turn on
     attr:str # the module to call in place of a function
     index:int # which of several curves, or `ONLY`, `NEXT` or `TOLD`
+    start:int=0 # with `NEXT`, the curve of the first turn
 
 def edit_for(
     site:Site, # where a call stands that `why_fixed` has nothing against
@@ -39,18 +40,20 @@ def edit_for(
     kind:str, # of the edit
     attr:str='', # the module to call in place of a function
     index:int=ONLY, # which of several curves
+    start:int=0, # with `NEXT`, the curve of the first turn
 ) -> tuple: # name of the method, digest of its source, `Edit`
     "What to change in the method for the call at `site`."
     definition,digest = definition_of(site.code)
     call,_ = call_at(site, name)
-    return site.code.co_name, digest, Edit(call.end_lineno - definition.lineno, call.end_col_offset, kind, attr, index)
+    line = call.end_lineno - definition.lineno
+    return site.code.co_name, digest, Edit(line, call.end_col_offset, kind, attr, index, start)
 
-# %% ../nbs/api/02_rewrite.ipynb #04be88cd
+# %% ../nbs/api/02_rewrite.ipynb #fb12933b
 class _Edited(ast.NodeTransformer):
     def __init__(self, definition, edits):
         self.at = {(definition.lineno + o.line, o.end): (f'_turn_{i}', o) for i,o in enumerate(edits)}
         args = definition.args.posonlyargs + definition.args.args
-        self.me,self.counters = args[0].arg if args else '',[]
+        self.me,self.counters = args[0].arg if args else '',{}
 
     def visit_Call(self, node):
         counter,edit = self.at.get((node.end_lineno, node.end_col_offset), (None, None))
@@ -62,22 +65,22 @@ class _Edited(ast.NodeTransformer):
             node = ast.Call(ast.Attribute(ast.Name(self.me, ast.Load()), edit.attr, ast.Load()), [x], [])
         elif edit.kind == 'pass' or not self._mine(node.func): # what is called may be another module in another turn
             passed = ast.Attribute(ast.Name(self.me, ast.Load()), '_passed', ast.Load())
-            node.keywords.append(ast.keyword(None, ast.Call(passed, [node.func, self._index(counter, edit.index)], [])))
+            node.keywords.append(ast.keyword(None, ast.Call(passed, [node.func, self._index(counter, edit)], [])))
             return node
-        if edit.index != ONLY: node.func = ast.Subscript(node.func, self._index(counter, edit.index), ast.Load())
+        if edit.index != ONLY: node.func = ast.Subscript(node.func, self._index(counter, edit), ast.Load())
         return node
 
     def _mine(self, node):
         return self._mine(node.value) if isinstance(node, ast.Attribute) else getattr(node, 'id', None) == self.me
 
-    def _index(self, counter, index):
-        if index >= 0: return ast.Constant(index)
-        if index == TOLD: return ast.Name('_turn', ast.Load())
-        self.counters.append(counter)
+    def _index(self, counter, edit):
+        if edit.index >= 0: return ast.Constant(edit.index)
+        if edit.index == TOLD: return ast.Name('_turn', ast.Load())
+        self.counters[counter] = edit.start - 1
         return ast.NamedExpr(ast.Name(counter, ast.Store()),
                              ast.BinOp(ast.Name(counter, ast.Load()), ast.Add(), ast.Constant(1)))
 
-# %% ../nbs/api/02_rewrite.ipynb #bcbe6fa8
+# %% ../nbs/api/02_rewrite.ipynb #70abd8d8
 _generic = dict(type_params=[]) if sys.version_info >= (3, 12) else {}
 
 def _text(f, edits):
@@ -86,7 +89,7 @@ def _text(f, edits):
     editor = _Edited(definition, edits)
     new = editor.visit(copy.deepcopy(definition))
     start = 1 if ast.get_docstring(new) is not None else 0
-    new.body[start:start] = [ast.Assign([ast.Name(o, ast.Store())], ast.Constant(-1)) for o in editor.counters]
+    new.body[start:start] = [ast.Assign([ast.Name(k, ast.Store())], ast.Constant(v)) for k,v in editor.counters.items()]
     new.decorator_list = []
     told = any(o.index == TOLD for o in edits)
     if told: new.args.kwonlyargs.append(ast.arg('_turn')); new.args.kw_defaults.append(ast.Constant(0))
