@@ -27,10 +27,8 @@ def normed_layout(
     if any(o is not None and (o.dtype != x.dtype or not o.is_contiguous()) for o in others): return None
     return layout_of(x, 1, x.shape[1], SHORT)
 
-def _run(name, x, lay, **fields):
-    given = {k: v if isinstance(v, (bool, float)) else pointer(v) for k,v in fields.items()}
-    run(name, x.dtype, Call(x=pointer(x), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat,
-                            **given))
+def _call(x, lay, **fields):
+    return Call(x=pointer(x), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat, **fields)
 
 # %% ../../nbs/api/00_kernels.cpu_batchnorm.ipynb #22355a65
 def normed_stats(
@@ -39,7 +37,7 @@ def normed_stats(
 ) -> tuple: # mean and biased variance, each `(channels,)`
     "What `x` is normalised by in training."
     mean,var = x.new_empty(x.shape[1]),x.new_empty(x.shape[1])
-    _run('norm_stats', x, lay, mean=mean, var=var)
+    run('norm_stats', x.dtype, _call(x, lay, mean=mean.data_ptr(), var=var.data_ptr()))
     return mean, var
 
 # %% ../../nbs/api/00_kernels.cpu_batchnorm.ipynb #d6e2400e
@@ -53,10 +51,10 @@ class Norm(NamedTuple):
     values:tuple # leak, sub and maxv, each `(channels,)`
     lay:Layout # of the input, as `normed_layout` returned it
 
-def _run_normed(name, x, norm, **fields):
-    leak,sub,maxv = norm.values
-    _run(name, x, norm.lay, weight=norm.weight, bias=norm.bias, mean=norm.mean, var=norm.var, eps=float(norm.eps),
-         leak=leak, sub=sub, maxv=maxv, **fields)
+def _normed_call(x, norm, **fields):
+    weight,bias,mean,var,eps,(leak,sub,maxv),lay = norm
+    return _call(x, lay, weight=pointer(weight), bias=pointer(bias), mean=pointer(mean), var=pointer(var), eps=eps,
+                 leak=pointer(leak), sub=pointer(sub), maxv=pointer(maxv), **fields)
 
 def normed_forward(
     x:Tensor, # input of the BatchNorm
@@ -64,7 +62,7 @@ def normed_forward(
 ) -> Tensor: # like `x`
     "The curve of the normalised input."
     y = torch.empty_like(x)
-    _run_normed('norm_forward', x, norm, y=y)
+    run('norm_forward', x.dtype, _normed_call(x, norm, y=y.data_ptr()))
     return y
 
 def normed_backward(
@@ -77,5 +75,6 @@ def normed_backward(
     if g.stride() != x.stride() or g.dtype != x.dtype: g = torch.empty_like(x).copy_(g)
     dx,num = torch.empty_like(x),len(norm.mean)
     grads = {k: x.new_empty(num) for k in ('dweight', 'dbias', 'dleak', 'dsub', 'dmaxv')}
-    _run_normed('norm_backward', x, norm, g=g, dx=dx, training=training, **grads)
+    to = {k: o.data_ptr() for k,o in grads.items()}
+    run('norm_backward', x.dtype, _normed_call(x, norm, g=pointer(g), dx=dx.data_ptr(), training=training, **to))
     return dx, *grads.values()
