@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/patch.html.md"""
 # %% auto #0
 __all__ = ['batches_counted', 'patch_relus', 'unpatch_relus']
 
-# %% ../nbs/api/04_patch.ipynb #32c217f4
+# %% ../nbs/api/04_patch.ipynb #6ddb1f5e
 import inspect
 from collections import Counter
 from fnmatch import fnmatch
@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 
+from ._torch import inside_compiled
 from .act_layer import ActLayer
 from .batchnorm import can_defer, fuse_bn as join, nothing_to_fuse, unfuse_batchnorms
 from .family import curve_values, start_from_data
@@ -22,15 +23,16 @@ from .layers import LearnedRelu
 from .patch_report import PatchReport, PatchRow
 from .plan import Curves, decide, joined, slots_of, traced
 from .swap import astray, carry_over, restore, swapped
-from .trace import dummy_input, is_compiled, places_of
+from .trace import dummy_input, places_of
 
-# %% ../nbs/api/04_patch.ipynb #39dbfa9f
+# %% ../nbs/api/04_patch.ipynb #77088ec7
 def _refuse_wrapped(model):
-    wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    if wrapped or is_compiled(model):
-        how = f'wrapped in {type(model).__name__}' if wrapped else 'compiled'
-        raise ValueError(f'The model is {how}, which has already taken note of its parameters: '
-                         'patch the model first, then wrap or compile it')
+    if any(inside_compiled(m) is not None for m in model.modules()): how = 'compiled by torch.compile(model)'
+    elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        how = f'wrapped in {type(model).__name__}'
+    else: return
+    raise ValueError(f'The model is {how}, which has already taken note of its parameters: '
+                     'patch the model first, then wrap or compile it')
 
 def _refuse(model, layer, replace, shared, channel_dim, fuse_bn):
     _refuse_wrapped(model)
@@ -146,9 +148,9 @@ def _found(model, sample, replace, required):
     if functions: others['relu()'] = sum(len(s.calls) for s in functions)
     return slots, others, sample
 
-# %% ../nbs/api/04_patch.ipynb #f92940c3
+# %% ../nbs/api/04_patch.ipynb #13775f8a
 def patch_relus(
-    model:nn.Module, # a built model, changed in place; not wrapped, not compiled
+    model:nn.Module, # a built model, changed in place; not wrapped
     sample=None, # what to run once: a tensor, a tuple of them, or a dict of keyword arguments; None derives a tensor
     layer:type=LearnedRelu, # class to put in
     per_channel:bool=True, # one value per channel (True), or per layer

@@ -173,6 +173,18 @@ def test_a_split_model_goes_wherever_a_model_goes(how):
         assert len(unpatch_relus(other)) == 5 and type(other) is Shared
 
 
+def test_a_model_that_was_compiled_in_place_before_computes_what_an_eager_one_does():
+    torch._dynamo.reset()
+    eager, compiled = Shared().eval(), Shared().eval()
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile(backend='eager')
+    torch.testing.assert_close(compiled(X), eager(X))
+    for m in eager, compiled: patched(m, X)
+    torch.testing.assert_close(compiled(X), eager(X))
+    for m in eager, compiled: unpatch_relus(m)
+    torch.testing.assert_close(compiled(X), eager(X))
+
+
 def test_a_model_saved_with_other_code_is_refused():
     source = 'import torch\nclass Net(torch.nn.Module):\n    def __init__(self): super().__init__(); self.fc = torch.nn.Linear(3, 3)\n'
     def module(body):
