@@ -105,7 +105,8 @@ class _Values(Averaged):
             start = starting_value(k, v, num_parameters, device, dtype)
             if k in learn: self.register_parameter(k, nn.Parameter(start))
             else: self.register_buffer(k, start)
-            self._start[k] = float(v) if isinstance(v, Real) else torch.as_tensor(v).detach().clone()
+            if not isinstance(v, Tensor): self._start[k] = float(v) if isinstance(v, Real) else torch.as_tensor(v)
+            else: self._start[k] = v.detach().clone()
         self._keep_averages(k for k in self.kinds if k in learn)
 
     @torch.no_grad()

@@ -196,5 +196,5 @@ def learned_threshold(
     """`x` above `threshold`, `value` elsewhere; NaN stays NaN. Raises as `learned_relu` does, `ValueError` for a
     negative `width`."""
     check_input(x)
-    if not isinstance(value, Tensor): value = torch.tensor(value, dtype=x.dtype, device=x.device)
+    if not isinstance(value, Tensor): value = torch.full((), value, dtype=x.dtype, device=x.device)
     return _replace(x, threshold, value, False, channel_dim, width, names=('threshold', 'value'))
