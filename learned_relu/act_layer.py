@@ -8,7 +8,6 @@ Docs: https://learned-relu.github.io/learned_relu/api/act_layer.html.md"""
 __all__ = ['holds', 'starting_value', 'laid_out', 'check_bounds', 'call_in_graph', 'ActLayer']
 
 # %% ../nbs/api/02_act_layer.ipynb #cb7ef930
-import math
 from collections.abc import Iterable
 from numbers import Real
 
@@ -37,7 +36,9 @@ def starting_value(
     "A fresh tensor to start from; `ValueError` for a wrong shape, NaN or infinity, `TypeError` for other than floats."
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f'dtype is {dtype}: pass one of floating point, for example torch.float32')
-    if isinstance(value, Real): finite,v = math.isfinite(value),float(value)
+    if isinstance(value, Real):
+        v = float(value)
+        finite = abs(v) <= torch.finfo(dtype or torch.get_default_dtype()).max
     else:
         v = torch.as_tensor(value).detach()
         finite = holds(v.isfinite())

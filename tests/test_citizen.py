@@ -168,6 +168,7 @@ def test_what_is_wrong_is_wrong_on_meta_too(bad, words):
 
 def test_where_and_as_what_values_start():
     with pytest.raises(TypeError, match='dtype is torch.int32'): LearnedRelu(dtype=torch.int32)
+    with pytest.raises(ValueError, match='leak starts at 70000'): LearnedRelu(leak=70000., dtype=torch.half)
     assert starting_value('leak', torch.ones(2, dtype=torch.half), 2).dtype == torch.half  # a tensor brings its own
     assert starting_value('leak', torch.ones(2, dtype=torch.long), 2).dtype == torch.float32
     assert in_default(torch.float64, LearnedRelu).leak.tolist() == [.05]*3
