@@ -90,6 +90,8 @@ def call_in_graph(
 
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b02
 class _Values(Averaged):
+    bounds = {} # kind -> (low, high), what `ClampActParams` keeps it in unless told otherwise
+
     def __init__(self, values, num_parameters, learn, device, dtype):
         super().__init__()
         if isinstance(num_parameters, bool) or not isinstance(num_parameters, int):
@@ -119,10 +121,16 @@ class _Values(Averaged):
             else: setattr(self, k, laid_out(k, v, p)) # parametrized: by way of what it is computed from
         self.reset_averages()
 
+    @classmethod
+    def bounds_of(cls,
+        kind:str, # name of a parameter
+    ) -> tuple: # (low, high), infinite where open
+        "The bounds that this class declares for `kind`."
+        return check_bounds(kind, cls.bounds.get(kind))
+
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b03
 class ActLayer(_Values):
     "Abstract layer: values of named kinds, learned or fixed, with averages; subclasses implement `curve`."
-    bounds = {} # kind -> (low, high), what `ClampActParams` keeps it in unless told otherwise
     writes_back = False # whether the output overwrites the input, as that of `nn.ReLU(inplace=True)` does
     __default_init__ = staticmethod(nn.init.kaiming_uniform_) # how fastai's `init_linear` treats the layer before
 
@@ -159,13 +167,6 @@ class ActLayer(_Values):
         values = {k: self.current(k) for k in self.kinds}
         if self.writes_back: return x.copy_(self.curve(x.clone(), values, self.channel_dim))
         return self.curve(x, values, self.channel_dim)
-
-    @classmethod
-    def bounds_of(cls,
-        kind:str, # name of a parameter
-    ) -> tuple: # (low, high), infinite where open
-        "The bounds that this class declares for `kind`."
-        return check_bounds(kind, cls.bounds.get(kind))
 
     def extra_repr(self):
         fixed = {k: v for k in self.kinds if k not in self.learn and has_values(v := getattr(self, k))}
