@@ -90,9 +90,7 @@ def call_in_graph(
 
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b02
 class _Values(Averaged):
-    bounds = {} # kind -> (low, high), what `ClampActParams` keeps it in unless told otherwise
-
-    def __init__(self, values, num_parameters, learn, device, dtype):
+    def __init__(self, values, num_parameters, learn, channel_dim, device, dtype):
         super().__init__()
         if isinstance(num_parameters, bool) or not isinstance(num_parameters, int):
             raise TypeError(f'num_parameters is {num_parameters!r}: pass a whole number, the count of channels or 1')
@@ -103,7 +101,7 @@ class _Values(Averaged):
         if unknown := [o for o in learn if o not in values]:
             raise ValueError(f'learn= names {unknown[0]!r}, which {type(self).__name__} does not have: '
                              f'pass some of {tuple(values)}')
-        self.kinds,self.num_parameters,self._start = tuple(values),num_parameters,{}
+        self.kinds,self.num_parameters,self.channel_dim,self._start = tuple(values),num_parameters,channel_dim,{}
         for k,v in values.items():
             start = starting_value(k, v, num_parameters, device, dtype)
             if k in learn: self.register_parameter(k, nn.Parameter(start))
@@ -121,16 +119,16 @@ class _Values(Averaged):
             else: setattr(self, k, laid_out(k, v, p)) # parametrized: by way of what it is computed from
         self.reset_averages()
 
-    @classmethod
-    def bounds_of(cls,
-        kind:str, # name of a parameter
-    ) -> tuple: # (low, high), infinite where open
-        "The bounds that this class declares for `kind`."
-        return check_bounds(kind, cls.bounds.get(kind))
+    def extra_repr(self):
+        fixed = {k: v for k in self.kinds if k not in self.learn and has_values(v := getattr(self, k))}
+        res = f'{self.num_parameters}, learn={self.learn}' if self.learn else f'{self.num_parameters}'
+        res += ''.join(f', {k}={v[0].item():.4g}' for k,v in fixed.items() if v.unique().numel() == 1)
+        return res + (f', channel_dim={self.channel_dim}' if self.channel_dim != 1 else '')
 
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b03
 class ActLayer(_Values):
     "Abstract layer: values of named kinds, learned or fixed, with averages; subclasses implement `curve`."
+    bounds = {} # kind -> (low, high), what `ClampActParams` keeps it in unless told otherwise
     writes_back = False # whether the output overwrites the input, as that of `nn.ReLU(inplace=True)` does
     __default_init__ = staticmethod(nn.init.kaiming_uniform_) # how fastai's `init_linear` treats the layer before
 
@@ -142,8 +140,7 @@ class ActLayer(_Values):
         device:torch.device=None, # where the values are; None for where they come from, or the default
         dtype:torch.dtype=None, # of the values, floating point; None for their own, or the default for numbers
     ):
-        super().__init__(values, num_parameters, learn, device, dtype)
-        self.channel_dim = channel_dim
+        super().__init__(values, num_parameters, learn, channel_dim, device, dtype)
 
     def curve(self,
         x:Tensor, # activations, floating point
@@ -168,8 +165,9 @@ class ActLayer(_Values):
         if self.writes_back: return x.copy_(self.curve(x.clone(), values, self.channel_dim))
         return self.curve(x, values, self.channel_dim)
 
-    def extra_repr(self):
-        fixed = {k: v for k in self.kinds if k not in self.learn and has_values(v := getattr(self, k))}
-        res = f'{self.num_parameters}, learn={self.learn}' if self.learn else f'{self.num_parameters}'
-        res += ''.join(f', {k}={v[0].item():.4g}' for k,v in fixed.items() if v.unique().numel() == 1)
-        return res + (f', channel_dim={self.channel_dim}' if self.channel_dim != 1 else '')
+    @classmethod
+    def bounds_of(cls,
+        kind:str, # name of a parameter
+    ) -> tuple: # (low, high), infinite where open
+        "The bounds that this class declares for `kind`."
+        return check_bounds(kind, cls.bounds.get(kind))
