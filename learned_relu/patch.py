@@ -64,7 +64,7 @@ def _refuse_shared(slots):
             raise ValueError(f"shared='error', and {', '.join(s.names)} is called {len(s.calls)} times: pass "
                              "shared='split' for a curve for each call, or shared='tie' for one")
 
-# %% ../nbs/api/04_patch.ipynb #aa5795f6
+# %% ../nbs/api/04_patch.ipynb #065834c6
 _family = 'leak', 'sub', 'maxv'
 
 def batches_counted(
@@ -104,6 +104,8 @@ def _new(slot, layer, init, kwargs, p, alone):
         if old is not None: carry_over(old, new, alone)
         if slot.read_later: new.writes_back = True
         yield new
+
+class _Again(Exception): pass
 
 def _fill(model, slots, layer, init, kwargs):
     p = next((o for o in model.parameters() if o.is_floating_point()), None)
@@ -166,7 +168,7 @@ def _found(model, sample, replace, required):
     if functions: others['relu()'] = sum(len(s.calls) for s in functions)
     return slots, others, sample
 
-# %% ../nbs/api/04_patch.ipynb #25df8bd1
+# %% ../nbs/api/04_patch.ipynb #447fde1b
 def patch_relus(
     model:nn.Module, # a built model, changed in place; not wrapped
     sample=None, # what to run once: a tensor, a tuple of them, or a dict of keyword arguments; None derives a tensor
@@ -206,8 +208,6 @@ def patch_relus(
         except _Again: pass
     raise ValueError('The calls of the model differ from run to run, so that none can be given a curve of its own: '
                      "pass shared='tie', or leave out what differs with exclude=")
-
-class _Again(Exception): pass
 
 # %% ../nbs/api/04_patch.ipynb #65ae817a
 def unpatch_relus(
