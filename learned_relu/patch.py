@@ -64,7 +64,7 @@ def _refuse_shared(slots):
             raise ValueError(f"shared='error', and {', '.join(s.names)} is called {len(s.calls)} times: pass "
                              "shared='split' for a curve for each call, or shared='tie' for one")
 
-# %% ../nbs/api/04_patch.ipynb #065834c6
+# %% ../nbs/api/04_patch.ipynb #a9b89430
 _family = 'leak', 'sub', 'maxv'
 
 def batches_counted(
@@ -88,6 +88,7 @@ def _start(model, init, layer, kwargs):
     return 'same', kwargs, [f'The model has been trained (BatchNorm counted {n} batches): its curves start as the '
                             f'activations that stood there. init={{}} starts them at the values of {layer.__name__}']
 
+# %% ../nbs/api/04_patch.ipynb #ca91e869
 def _new(slot, layer, init, kwargs, p, alone):
     "The curves of `slot`."
     takes,old = inspect.signature(layer).parameters,slot.old
@@ -120,7 +121,7 @@ def _unfit(slot, layer):
     if slot.read_later and not issubclass(layer, ActLayer):
         return f'it overwrites its input, which is read again, and {layer.__name__} does not: left alone'
 
-# %% ../nbs/api/04_patch.ipynb #7090d92f
+# %% ../nbs/api/04_patch.ipynb #98b060ae
 def _wanted(model, found, layer, replace, include, exclude):
     "The slots that the globs leave, in the order of the model, and how many calls they exclude."
     for s in found:
@@ -168,7 +169,7 @@ def _found(model, sample, replace, required):
     if functions: others['relu()'] = sum(len(s.calls) for s in functions)
     return slots, others, sample
 
-# %% ../nbs/api/04_patch.ipynb #447fde1b
+# %% ../nbs/api/04_patch.ipynb #c52ef89c
 def patch_relus(
     model:nn.Module, # a built model, changed in place; not wrapped
     sample=None, # what to run once: a tensor, a tuple of them, or a dict of keyword arguments; None derives a tensor
@@ -209,7 +210,7 @@ def patch_relus(
     raise ValueError('The calls of the model differ from run to run, so that none can be given a curve of its own: '
                      "pass shared='tie', or leave out what differs with exclude=")
 
-# %% ../nbs/api/04_patch.ipynb #65ae817a
+# %% ../nbs/api/04_patch.ipynb #43e97594
 def unpatch_relus(
     model:nn.Module, # a model with activations put in by `patch_relus`, or built in; changed in place; not wrapped
 ) -> PatchReport: # one row per curve taken out
