@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/calls.html.md"""
 # %% auto #0
 __all__ = ['Call', 'trace_calls', 'fed_by']
 
-# %% ../nbs/api/03_calls.ipynb #5c174e76
+# %% ../nbs/api/03_calls.ipynb #ae1d2a1c
 import itertools
 from collections import Counter
 from dataclasses import dataclass
@@ -17,22 +17,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .family import curve_values
 from .flow import Flow
+from .reference import learned_relu_reference
 from .sites import calling_sites
 from .trace import run_once
 
-# %% ../nbs/api/03_calls.ipynb #9ace23c8
+# %% ../nbs/api/03_calls.ipynb #f9b2d50c
 _relus = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _clamps = {torch.clamp, torch.clamp_, torch.clip, torch.clip_, torch.clamp_min, torch.clamp_min_, Tensor.clamp,
            Tensor.clamp_, Tensor.clip, Tensor.clip_, Tensor.clamp_min, Tensor.clamp_min_}
-_others = 'relu6 leaky_relu prelu silu gelu elu selu celu mish hardswish hardtanh rrelu softplus'.split()
+_others = 'relu6 leaky_relu prelu silu gelu elu selu celu mish hardswish hardtanh rrelu softplus threshold'.split()
 
 def _from_zero(args, kwargs):
     low = args[1] if len(args) > 1 else kwargs.get('min')
     high = args[2] if len(args) > 2 else kwargs.get('max')
-    return high is None and isinstance(low, (int, float)) and low == 0
+    return high is None and isinstance(low, (int, float)) and low == 0 and _floats(args, kwargs)
 
-_watched = dict.fromkeys(_relus, lambda args,kwargs: True) | dict.fromkeys(_clamps, _from_zero)
+def _floats(args, kwargs):
+    x = args[0] if args else kwargs.get('input')
+    return isinstance(x, Tensor) and x.is_floating_point() and kwargs.get('out') is None
+
+_watched = dict.fromkeys(_relus, _floats) | dict.fromkeys(_clamps, _from_zero)
 
 @dataclass(eq=False)
 class Call:
@@ -41,37 +47,48 @@ class Call:
     func:object # function that was called; None for a module
     path:list # pairs (`Site`, which call of the module that owns it), the innermost first
     shape:tuple # of its input
+    dtype:torch.dtype # of its input
+    device:torch.device # of its input
     channel_dim:int # dimension of the channels there, from 0; None where nothing tells
     weights:tuple # ids of the weights that made its input
     origin:object # what is known of its input
     result:object = None # and of its output
     norm:nn.Module = None # the watched module whose output it alone reads
     read_later:bool = False # it changed its input in place, and that was read afterwards
-    odd:bool = False # a ReLU by its class that computed something else
+    odd:bool = False # one of the ReLU family by its class that computed something else
 
     @property
     def site(self): return self.path[0][0]
     @property
     def run(self): return self.path[0][1]
 
-# %% ../nbs/api/03_calls.ipynb #065734dd
+# %% ../nbs/api/03_calls.ipynb #d31dd4d5
+_torchs = {o.forward for o in (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh)}
+
+def _expected(m, x):
+    "What an activation of the family with a `forward` of its own has to compute."
+    if type(m).forward in _torchs or not x.is_floating_point(): return None
+    values = curve_values(m, x.dtype)
+    return values and learned_relu_reference(x.clone(), **{k: torch.as_tensor(v).to(x) for k,v in values.items()})
+
 class _Watch:
     "What the hooks of one run note."
     def __init__(self):
         self.calls,self.open,self.runs,self.stack,self.normed_times = [],[],itertools.count(),[],Counter()
+        self.given = [] # to the model
         self.flow = Flow(_watched, _others, self.entered, self.left)
 
     def entered(self, func, x, act=None):
         o,runs = self.flow.origin(x),{id(m): run for m,run in self.stack} # the latest of each
         path = [(s, runs.get(id(s.owner), -1)) for s in calling_sites(_own)]
-        self.calls.append(Call(act, func, path, tuple(x.shape), o.dim, o.weights, o))
+        self.calls.append(Call(act, func, path, tuple(x.shape), x.dtype, x.device, o.dim, o.weights, o))
         return self.calls[-1]
 
     def left(self, call, x, out):
         if out is x: # in place: an alias tells who reads the input from who reads the output
             self.flow.wrote(x, call)
             out = x.view_as(x)
-        self.flow.note(out, dim=call.origin.dim, weights=call.origin.weights)
+        self.flow.note(out, dim=call.origin.dim, last=call.origin.last, weights=call.origin.weights)
         call.result = self.flow.origins[out]
         return out
 
@@ -79,16 +96,18 @@ class _Watch:
         x,self.flow.inside = args[0] if args else next(iter(kwargs.values())),True
         call = self.entered(None, x, m)
         self.flow.read([x])
-        own = isinstance(m, nn.ReLU) and type(m).forward is not nn.ReLU.forward
-        self.open.append((call, x, F.relu(x) if own else None))
+        self.open.append((call, x, _expected(m, x)))
     def act_leaves(self, m, args, out):
-        call,x,relu = self.open.pop()
-        call.odd = relu is not None and not torch.equal(relu, out)
-        res = self.left(call, x, out)
+        call,x,expected = self.open.pop()
+        self.flow.inside = True
+        if out is not None: # it ended with an error, which the model may have caught
+            call.odd = expected is not None and not torch.equal(expected, out)
+            out = self.left(call, x, out)
         self.flow.inside = bool(self.open)
-        return res
+        return out
 
     def enters(self, m, args):
+        if not self.stack: self.given += [t for t in tree_leaves(args) if isinstance(t, Tensor)]
         self.stack.append((m, next(self.runs)))
         if type(m) in (nn.Sequential, nn.Identity): return
         for t in args: # a module that does nothing in evaluation, as dropout, may do something in training
@@ -101,7 +120,12 @@ class _Watch:
 
 _own = {f.__code__.co_filename for f in (_Watch.entered, Flow.read, calling_sites, run_once)} # not the model's
 
-# %% ../nbs/api/03_calls.ipynb #4802e521
+# %% ../nbs/api/03_calls.ipynb #278635e6
+def _tensors(o):
+    leaves = [o for o in tree_leaves(o)]
+    inside = [t for o in leaves if not isinstance(o, Tensor) and hasattr(o, '__dict__') for t in tree_leaves(vars(o))]
+    return [t for t in leaves + inside if isinstance(t, Tensor)]
+
 def trace_calls(
     model:nn.Module, # the model to run once
     acts:list, # the modules to watch
@@ -110,16 +134,18 @@ def trace_calls(
 ) -> tuple: # a `Call` for each call of one of `acts` and each ReLU called as a function; name of others -> calls
     "Run `model` once on `sample` and note every call of an activation; `ValueError` where it does not accept it."
     watch,hooks,norms,watched = _Watch(),[],set(norms),{id(m._forward_hooks) for m in acts}
-    for m in {id(m._forward_hooks): m for m in model.modules()}.values():
-        act = id(m._forward_hooks) in watched
-        enter,leave = (watch.act_enters, watch.act_leaves) if act else (watch.enters, watch.leaves)
-        hooks.append(m.register_forward_pre_hook(enter, with_kwargs=act))
-        hooks.append(m.register_forward_hook(leave, prepend=act, always_call=not act))
-        if m in norms: hooks.append(m.register_forward_hook(watch.normed))
-    try: out = run_once(model, sample, watch.flow)
+    try:
+        for m in {id(m._forward_hooks): m for m in model.modules()}.values():
+            if isinstance(m, torch.jit.ScriptModule): continue
+            act = id(m._forward_hooks) in watched
+            enter,leave = (watch.act_enters, watch.act_leaves) if act else (watch.enters, watch.leaves)
+            hooks.append(m.register_forward_pre_hook(enter, with_kwargs=act))
+            hooks.append(m.register_forward_hook(leave, prepend=act, always_call=True))
+            if m in norms: hooks.append(m.register_forward_hook(watch.normed))
+        out = run_once(model, sample, watch.flow)
     finally:
         for h in hooks: h.remove()
-    watch.flow.read([o for o in tree_leaves(out) if isinstance(o, Tensor)])
+    watch.flow.read(_tensors(out) + watch.given) # whoever called the model may read on
     for c in watch.calls:
         if c.channel_dim is None and c.result: c.channel_dim = c.result.fed
         if c.origin.uses == 1 and watch.normed_times[c.origin.maker] == 1: c.norm = c.origin.maker

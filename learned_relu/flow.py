@@ -64,11 +64,12 @@ def fed_dim(
     if name in _second: return 1 if tensors[0].ndim > 1 else None
     if name.startswith('conv') and name[-2:] in ('1d', '2d', '3d'): return tensors[0].ndim - int(name[-2]) - 1
 
-# %% ../nbs/api/02_flow.ipynb #04e9e65a
+# %% ../nbs/api/02_flow.ipynb #088d6dd7
 @dataclass(slots=True)
 class Origin:
     "What is known of a tensor."
     dim:int = None # of its channels, from 0
+    last:bool = False # the channels come last whatever the number of dimensions, as after `nn.Linear`
     weights:tuple = () # ids of the weights that made it
     maker:nn.Module = None # the watched module that returned it
     fed:int = None # dimension of its channels, as a function tells that read it
@@ -84,7 +85,7 @@ def _storage(t):
 
 def _tensors(o): return [o] if isinstance(o, Tensor) else [t for t in tree_leaves(o) if isinstance(t, Tensor)]
 
-# %% ../nbs/api/02_flow.ipynb #8b0e700e
+# %% ../nbs/api/02_flow.ipynb #ec84259d
 class Flow(TorchFunctionMode):
     "Mode that keeps an `Origin` of each tensor, and hands calls of `watched` functions to `enter` and `leave`."
     def __init__(self,
@@ -126,12 +127,15 @@ class Flow(TorchFunctionMode):
         outs = _tensors(out)
         if name in _looks or name == '__get__' and not outs: return out
         self.read(tensors)
-        if name in self.counts: self.counts[name] += 1
+        if (plain := name.rstrip('_')) in self.counts: self.counts[plain] += 1
         if call is not None: return self.leave(call, tensors[0], out)
         if (fed := fed_dim(name, tensors)) is not None and (o := self.origins.get(tensors[0])): o.fed = fed
         known = [(t, o) for t in tensors if (o := self.origins.get(t)) is not None and o.dim is not None]
         weights = tuple(id(t) for t in tensors[1:] if isinstance(t, nn.Parameter))
         weights = weights or (known[0][1].weights if known else ())
         dims = [(t, o.dim) for t,o in known]
-        for t in outs: self.note(t, dim=channel_dim_after(func, args, kwargs, t, dims), weights=weights)
+        last = name in _last or name == 'layer_norm' or bool(known) and known[0][1].last and name not in _second
+        for t in outs:
+            dim = channel_dim_after(func, args, kwargs, t, dims)
+            self.note(t, dim=dim, last=last and dim == t.ndim - 1, weights=weights)
         return out

@@ -8,15 +8,19 @@ Docs: https://learned-relu.github.io/learned_relu/api/fold.html.md"""
 __all__ = ['FoldRow', 'FoldPlan', 'fold_plan', 'fold_relus']
 
 # %% ../nbs/api/07_fold.ipynb #ad169538
+import ast
 import copy
 from typing import NamedTuple
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from .act_layer import ActLayer
 from .batchnorm import unfuse_batchnorms
 from .layers import LeakyGradRelu
 from .rewrite import is_edited
+from .sites import definition_of
 from .shift import Readers, shift_into
 from .standard import as_graph, as_module, steps_of
 from .trace import dummy_input, is_compiled, places_of, put_module, run_once
@@ -98,7 +102,7 @@ def _becomes(act, seen, taker, keep_caps):
 
 def _hand_on_hooks(old, new):
     for k,v in vars(old).items():
-        if 'hooks' in k and ('forward' in k or 'backward' in k): vars(new)[k] = v
+        if 'hook' in k and ('forward' in k or 'backward' in k): vars(new)[k] = v
 
 def _taker(readers, act, seen):
     if 'sub' not in getattr(act, 'kinds', ()) or act.writes_back: return None
@@ -108,6 +112,18 @@ def _taker(readers, act, seen):
     return readers.taker(act, sub, dim % n == 1, dim % n == n - 1)
 
 # %% ../nbs/api/07_fold.ipynb #c17869ef
+def _decides(m):
+    "Whether what an edited module does depends on what it is given: a graph holds one way only."
+    for name,*_ in type(m)._edits:
+        f = getattr(type(m), name)
+        definition,_ = definition_of(f.__code__)
+        if definition is None: return True
+        for node in ast.walk(definition):
+            test = getattr(node, 'test', getattr(node, 'subject', None))
+            read = {o.id for o in ast.walk(test) if isinstance(o, ast.Name)} if test is not None else set()
+            if read - {f.__code__.co_varnames[0]}: return True
+    return False
+
 def _written_down(model):
     "The model, with modules that patching has rewritten as graphs; how many; what could not be."
     class Leaves(fx.Tracer): # local: a graph remembers a tracer that others can import, and would load it
@@ -115,13 +131,23 @@ def _written_down(model):
     done,left = 0,[]
     for m,names in reversed(list(places_of(model, nn.Module).items())): # inner ones first
         if not is_edited(m): continue
-        try: new = fx.GraphModule(m, Leaves().trace(m), type(m).__name__)
-        except Exception: left += names; continue
+        try: new = None if _decides(m) else fx.GraphModule(m, Leaves().trace(m), type(m).__name__)
+        except Exception: new = None
+        if new is None: left += names; continue
         _hand_on_hooks(m, new)
         if names == ['']: model = new
         else: put_module(model, names, new)
         done += 1
     return model, done, left
+
+# %% ../nbs/api/07_fold.ipynb #9f3e01aa
+def _same(a, b, sample):
+    "Whether two models compute the same of the sample, if there is one."
+    try:
+        sample = dummy_input(b) if sample is None else sample
+        ys = [[o for o in tree_leaves(run_once(m, sample)) if isinstance(o, Tensor)] for m in (b, a)]
+    except ValueError: return False
+    return len(ys[0]) == len(ys[1]) and all(map(torch.equal, *ys))
 
 # %% ../nbs/api/07_fold.ipynb #25333ffd
 def _folded(model, sample, keep_caps):
@@ -144,7 +170,9 @@ def _folded(model, sample, keep_caps):
         if taker is not None: shift_into(taker, act.current('sub').detach())
         if put is not None and names == ['']: new = put
         elif put is not None: put_module(new, names, put)
+    kept = copy.deepcopy(new) if any(map(is_edited, new.modules())) else None
     new,graphs,left = _written_down(new)
+    if graphs and not _same(new, kept, sample): new,graphs,left = kept,0,['the model']
     notes = [f'No shift can move: torch.fx cannot follow the model ({readers.error})'] if readers.error else []
     if graphs: notes.append(f'{graphs} modules that patching has rewritten are graphs of torch.fx now')
     if left: notes.append(f'Loading it takes this library, since torch.fx cannot follow {", ".join(left)}. '

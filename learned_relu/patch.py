@@ -88,19 +88,22 @@ def _start(model, init, layer, kwargs):
     return 'same', kwargs, [f'The model has been trained (BatchNorm counted {n} batches): its curves start as the '
                             f'activations that stood there. init={{}} starts them at the values of {layer.__name__}']
 
-# %% ../nbs/api/04_patch.ipynb #ca91e869
+# %% ../nbs/api/04_patch.ipynb #6ad42415
 def _new(slot, layer, init, kwargs, p, alone):
     "The curves of `slot`."
     takes,old = inspect.signature(layer).parameters,slot.old
-    values = curve_values(old, torch.float32 if p is None else p.dtype) if init == 'same' else {}
+    like = (slot.calls[0].device, slot.calls[0].dtype) if slot.calls else (p.device, p.dtype) if p is not None else None
+    values = curve_values(old, like[1] if like else torch.float32) if init == 'same' else {}
     if values is None:
         raise ValueError(f"init='same', and {slot.names[0]} is a {slot.kind}, which is none of the ReLU family: "
                          'leave it out')
     for n,d in slot.channels:
         own = dict(num_parameters=n) if n and 'num_parameters' in takes else {}
         if d not in (None, 1) and 'channel_dim' in takes: own['channel_dim'] = d
+        where = dict(device=like[0], dtype=like[1]) if like else {}
+        own |= {k: v for k,v in where.items() if k in takes}
         new = layer(**own, **{**values, **kwargs})
-        if p is not None: new.to(p.device, p.dtype)
+        if like: new.to(*like)
         new.train((slot.places[0][0] if old is None else old).training)
         if old is not None: carry_over(old, new, alone)
         if slot.read_later: new.writes_back = True

@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/plan.html.md"""
 # %% auto #0
 __all__ = ['Curves', 'Slot', 'slots_of', 'traced', 'joined', 'decide']
 
-# %% ../nbs/api/04_plan.ipynb #d734cb38
+# %% ../nbs/api/04_plan.ipynb #ef1e8979
 import itertools
 from collections import Counter
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .act_layer import ActLayer
 from .calls import trace_calls
-from .rewrite import NEXT, ONLY, TOLD, edit_for
+from .rewrite import NEXT, ONLY, TOLD, edit_for, why_unwritable
 from .sites import why_fixed
 
 # %% ../nbs/api/04_plan.ipynb #4a4021fd
@@ -112,7 +112,7 @@ def joined(
         f.places += s.places; f.names += s.names; f.calls += s.calls
     return res
 
-# %% ../nbs/api/04_plan.ipynb #d1a6e74b
+# %% ../nbs/api/04_plan.ipynb #2c765a5c
 _turns = 16
 
 def _grouped(calls):
@@ -137,7 +137,8 @@ def _why(slot, groups, level):
     for g in groups[:None if level is None else 1]:
         for i,(site,_) in enumerate(g[0].path[:(level or 0) + 1]):
             counts = i == level or level is None and sum(o[0].site.key == site.key for o in groups) > 1
-            why = why_fixed(site, '' if i else _called(slot, g[0]), counts, not i and slot.old is None)
+            why = why_fixed(site, '' if i else _called(slot, g[0]), counts, g[0].func if not i else None)
+            why = why or why_unwritable(site, '' if i else _called(slot, g[0]), 'pass', '', NEXT if counts else 0)
             if why: return f'{why} ({site})'
     return ''
 
@@ -145,7 +146,10 @@ def _share(slot, shared, why):
     "Decide which calls share a curve; `why` they all must."
     calls = slot.calls
     if not calls: slot.note = 'not called in the dummy pass: left alone'; return
-    if any(c.odd for c in calls): slot.note = f'{slot.kind} computes something else than nn.ReLU: left alone'; return
+    if any(c.odd for c in calls):
+        slot.note = f'{slot.kind} computes something else than its name says: left alone'; return
+    if other := next((c.dtype for c in calls if not c.dtype.is_floating_point), None):
+        slot.note = f'sees {other}: left alone'; return
     slot.groups = [calls]
     groups,level = _grouped(calls) if shared != 'tie' and not why else ([calls], None)
     if slot.old is None and (fixed := _why(slot, groups[:1], None)):
@@ -156,7 +160,7 @@ def _share(slot, shared, why):
         n = 'one curve' if len(slot.groups) == 1 else f'{len(slot.groups)} curves'
         slot.note = f'called {len(calls)} times: {n}, tied' + (f', since {why}' if why else '')
 
-# %% ../nbs/api/04_plan.ipynb #cf22ee6b
+# %% ../nbs/api/04_plan.ipynb #d12323c1
 def _seen(calls, channel_dim):
     "Channels that a curve sees, and along which dimension; in place of the number, why there is none."
     seen = {}
@@ -164,7 +168,7 @@ def _seen(calls, channel_dim):
         n,d = len(c.shape),channel_dim
         if d is None and c.channel_dim is None and n == 3:
             return f'sees shape {c.shape}, in which the channel could be dimension 1 or -1', None
-        if d is None: d = 1 if c.channel_dim in (1, None) else c.channel_dim - n
+        if d is None: d = 1 if c.channel_dim in (1, None) and not c.origin.last else c.channel_dim - n
         if not -n <= d < n: return f'sees shape {c.shape}, which has no dimension {d}: left alone', None
         seen[c.shape[d], d] = True
     if len({d for _,d in seen}) > 1:

@@ -18,9 +18,9 @@ from .plan import Curves
 from .rewrite import edited, is_edited
 from .trace import run_once
 
-# %% ../nbs/api/04_swap.ipynb #28a62ac7
+# %% ../nbs/api/04_swap.ipynb #a5939926
 _blank = nn.Module()
-_hooks = [k for k in vars(_blank) if 'hooks' in k and ('forward' in k or 'backward' in k)]
+_hooks = [k for k in vars(_blank) if 'hook' in k and ('forward' in k or 'backward' in k)]
 _own = {*vars(_blank), 'inplace', 'max_val', 'min_val', 'negative_slope', 'num_parameters', '_replaced'}
 
 def carry_over(
@@ -34,15 +34,18 @@ def carry_over(
     for k,v in vars(old).items():
         if k not in _own and k not in vars(new): vars(new)[k] = v
 
-# %% ../nbs/api/04_swap.ipynb #01094d20
+# %% ../nbs/api/04_swap.ipynb #cabc249e
 _fused = (nn.TransformerEncoderLayer, 'activation_relu_or_gelu', 0), (nn.TransformerEncoder, 'use_nested_tensor', False)
 
 def _close(model):
+    "Close the paths; tells which were open."
+    res = []
     for m in model.modules():
         for cls,k,off in _fused:
             if isinstance(m, cls) and getattr(m, k, off) != off and any(isinstance(o, ActLayer) for o in m.modules()):
                 vars(m).setdefault('_open_before', {})[k] = getattr(m, k)
-                setattr(m, k, off)
+                setattr(m, k, off); res.append((m, k))
+    return res
 
 def restore(
     model:nn.Module, # any model, changed in place
@@ -50,9 +53,12 @@ def restore(
     "Let every call of `model` go where its source says, and PyTorch take the paths that were closed."
     for m in model.modules():
         while is_edited(m): m.__class__ = type(m).__bases__[0]
+        if any('_edits' in vars(c) for c in type(m).__mro__):
+            raise ValueError(f'The class of a {type(m).__name__} was changed after it was patched, as parametrizations '
+                             'do: take them off first')
         for k,v in vars(m).pop('_open_before', {}).items(): setattr(m, k, v)
 
-# %% ../nbs/api/04_swap.ipynb #7ab0cf4b
+# %% ../nbs/api/04_swap.ipynb #8e387af2
 def _put(slot):
     new = slot.new[0] if len(slot.new) == 1 else Curves(slot.new)
     new._replaced = (slot.old,) # in a tuple: as a plain attribute it would be a submodule, in every state_dict
@@ -77,20 +83,19 @@ def swapped(
     slots:list, # with new curves
 ):
     "Context in which the curves of `slots` are in place, for good unless it ends with an error."
-    classes = [(m, m.__class__) for m in model.modules()]
+    classes,closed = [(m, m.__class__) for m in model.modules()],[]
     try:
         for s in slots: _put(s)
         for owner,edits in _edits(slots): owner.__class__ = edited(owner.__class__, edits)
-        _close(model)
+        closed = _close(model)
         yield
     except BaseException:
-        for m,cls in classes:
-            m.__class__ = cls
-            for k,v in vars(m).pop('_open_before', {}).items(): setattr(m, k, v)
+        for m,cls in classes: m.__class__ = cls
+        for m,k in closed: setattr(m, k, vars(m)['_open_before'].pop(k))
         for s in slots: _take(s)
         raise
 
-# %% ../nbs/api/04_swap.ipynb #2dfbee2d
+# %% ../nbs/api/04_swap.ipynb #5cbcec7c
 _past = 'the model reaches it past its place in the module tree, by a list or a closure, say: left alone'
 _varies = 'the number of calls differs from run to run'
 
@@ -115,4 +120,6 @@ def astray(
         for h in hooks: h.remove()
     res = {s: ('tie', 'another call takes part') for s in slots if first[s] != [len(g) for g in s.groups]}
     res |= {s: ('leave', _past) for s in slots if not any(first[s])}
-    return res | {s: ('tie', _varies) for s in slots if s.level is not None and any(o[s] != first[s] for o in again)}
+    res |= {s: ('tie', _varies) for s in slots if s.level is not None and any(o[s] != first[s] for o in again)}
+    return {s: ('leave', f'{why}: left alone') if s.old is None and len(s.groups) == 1 else (what, why)
+            for s,(what,why) in res.items()} # a function that shares one curve already

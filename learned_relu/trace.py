@@ -9,6 +9,7 @@ __all__ = ['no_trace', 'dummy_input', 'is_compiled', 'uncompiled', 'run_once', '
 
 # %% ../nbs/api/02_trace.ipynb #d7cc017d
 import random
+import sys
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -25,14 +26,16 @@ def no_trace(
     "Context in which `model` evaluates without changing its statistics, its modes or a random generator."
     modes = [(m, m.training) for m in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    fused,drawn = torch.backends.mha.get_fastpath_enabled(),random.getstate()
+    fused,drawn,numpy = torch.backends.mha.get_fastpath_enabled(),random.getstate(),sys.modules.get('numpy')
+    drawn_too = numpy and numpy.random.get_state()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for m,_ in modes: m.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices): yield
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices): yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         random.setstate(drawn)
+        if numpy: numpy.random.set_state(drawn_too)
         for m,mode in modes: m.training = mode
 
 # %% ../nbs/api/02_trace.ipynb #bc8b3842
@@ -83,7 +86,7 @@ def run_once(
     try:
         with no_trace(model), uncompiled(model), ExitStack() as stack:
             for o in contexts: stack.enter_context(o)
-            if seed is not None: torch.manual_seed(seed); random.seed(seed)
+            if seed is not None: torch.default_generator.manual_seed(seed); random.seed(seed)
             return model(*args, **kwargs)
     except Exception as e:
         shapes = [tuple(getattr(o, 'shape', ())) for o in tree_leaves((args, kwargs))]
