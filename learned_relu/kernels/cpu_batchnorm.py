@@ -34,10 +34,17 @@ def _run(name, x, lay, **fields):
 def normed_stats(
     x:Tensor, # input of the BatchNorm
     lay:Layout, # of `x`, as `normed_layout` returned it
+    running_mean:Tensor=None, # `(channels,)`, updated in place; None for none
+    running_var:Tensor=None, # `(channels,)`, updated in place; None for none
+    momentum:float=0., # share of the batch in the running statistics, in [0, 1]
 ) -> tuple: # mean and biased variance, each `(channels,)`
     "What `x` is normalised by in training."
     mean,var = x.new_empty(x.shape[1]),x.new_empty(x.shape[1])
     _run('norm_stats', x, lay, mean=mean, var=var)
+    if running_mean is not None:
+        n = x.numel()/len(mean)
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        running_var.mul_(1 - momentum).add_(var, alpha=momentum*n/(n - 1))
     return mean, var
 
 # %% ../../nbs/api/00_kernels.cpu_batchnorm.ipynb #d6e2400e
