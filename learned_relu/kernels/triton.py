@@ -47,7 +47,7 @@ def _forward(x_ptr, y_ptr, signs_ptr, leak_ptr, sub_ptr, maxv_ptr, outer, channe
     for t in range(chunk*per, min(chunk*per + per, tiles)):
         at,inside,line,i = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
         x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
-        z,_ = bent(x, leak, sub, x_ptr, LOWEST)
+        z,negative = bent(x, leak, sub, x_ptr, LOWEST)
         tl.store(y_ptr + at, tl.where(z >= maxv, maxv, z).to(y_ptr.dtype.element_ty), mask=inside)
         if SIGNS: store_signs(x > 0, signs_ptr, line, i, channels if LAST else inner, inside, ROWS, WIDE)
 
@@ -145,7 +145,7 @@ def forward(
         outer,channels,inner,_ = plan.lay
         groups = (channels, -(-inner//8)) if inner > 1 else (-(-channels//8),)
         bits = torch.empty((outer, *groups), dtype=torch.uint8, device=x.device)
-    launch = way.launch(_forward, 1, LOWEST=way.lowest, SIGNS=signs)
+    launch = way.launch(_forward, False, LOWEST=way.lowest, SIGNS=signs)
     launch(x, y, x if bits is None else bits, *plan.values)
     return y, bits
 
@@ -162,7 +162,7 @@ def backward(
     if g.stride() != like.stride() or g.dtype != like.dtype: g = torch.empty_like(like).copy_(g)
     dx = torch.empty_like(like)
     parts = plan.values[0].new_empty(way.chunks, 3, plan.lay.channels)
-    launch = way.launch(_backward, way.per, LOWEST=way.lowest, SIGNS=y is not None)
+    launch = way.launch(_backward, True, LOWEST=way.lowest, SIGNS=y is not None)
     launch(g, like, like if y is None else bits.contiguous(), dx, parts, *plan.values)
     return dx, *map(fitted, parts.sum(0).unbind(), plan.params)
 

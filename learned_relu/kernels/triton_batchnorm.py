@@ -43,10 +43,10 @@ def normed_stats(
     "What `x` is normalised by in training."
     channels,track = way.lay.channels,running_mean is not None
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    parts = x.new_empty((way.chunks, 3, channels), dtype=wide)
+    parts = x.new_empty((way.chunks, 4, channels), dtype=wide)
     mean,var = x.new_empty((2, channels), dtype=wide).unbind()
-    way.launch(moments, way.per)(x, parts)
-    key = together, track
+    way.launch(moments, True)(x, parts)
+    key = id(together), track
     if key not in way.made:
         across = min(16, triton.next_power_of_2(channels))
         constants = dict(TRACK=track, ROWS=min(512//across, triton.next_power_of_2(way.chunks)), WIDE=across)
@@ -69,7 +69,7 @@ def normed_forward(
 ) -> Tensor: # like `x`
     "The curve of the normalised input."
     y = torch.empty_like(x)
-    launch = way.launch(norm_forward, 1, LOWEST=way.lowest, WEIGHT=weight is not None, BIAS=bias is not None)
+    launch = way.launch(norm_forward, False, LOWEST=way.lowest, WEIGHT=weight is not None, BIAS=bias is not None)
     launch(x, y, mean, var, *_given(weight, bias, mean), *values, live=_in_two(eps))
     return y
 
@@ -93,9 +93,9 @@ def normed_backward(
     dx,parts = torch.empty_like(x),values[0].new_empty(way.chunks, 5, channels)
     kinds = dict(WEIGHT=weight is not None, BIAS=bias is not None)
     given,live = (mean, var, *_given(weight, bias, mean), *values),_in_two(eps)
-    way.launch(norm_sums, way.per, LOWEST=way.lowest, **kinds)(g, x, parts, *given, live=live)
+    way.launch(norm_sums, True, LOWEST=way.lowest, **kinds)(g, x, parts, *given, live=live)
     sums = parts.sum(0)
-    launch = way.launch(norm_backward, 1, x.numel()//channels, LOWEST=way.lowest, TRAINING=training, **kinds)
+    launch = way.launch(norm_backward, False, x.numel()//channels, LOWEST=way.lowest, TRAINING=training, **kinds)
     launch(g, x, dx, sums, *given, live=live)
     dleak,dsub,dmaxv,dbias,dweight = sums.unbind()
     return dx, *(d if p is None else d.to(p.dtype) for d,p in ((dweight, weight), (dbias, bias))), dleak, dsub, dmaxv

@@ -21,14 +21,14 @@ def moments(x_ptr, parts_ptr, outer, channels, inner, across, tiles, per,
     chunk,group = tl.program_id(0),tl.program_id(1)
     c,real = channel(group, channels, LAST, WIDE)
     wide = parts_ptr.dtype.element_ty
-    at,inside,_,_ = place(group, chunk*per, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
+    at,inside,line,i = place(group, chunk*per, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
     x = tl.load(x_ptr + at, mask=inside, other=0.).to(wide)
     count = inside.to(wide)
     near = total(x, LAST)/tl.maximum(total(count, LAST), 1.)
     first = tl.where(inside, x - near, 0.)
     second = first*first
     for t in range(chunk*per + 1, min(chunk*per + per, tiles)):
-        at,inside,_,_ = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
+        at,inside,line,i = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
         x = tl.load(x_ptr + at, mask=inside, other=0.).to(wide)
         off = tl.where(inside, x - near, 0.)
         first += off
@@ -36,19 +36,20 @@ def moments(x_ptr, parts_ptr, outer, channels, inner, across, tiles, per,
         count += inside.to(wide)
     n = tl.maximum(total(count, LAST), 1.)
     off = total(first, LAST)/n
-    out = parts_ptr + chunk*3*channels + c
+    out = parts_ptr + chunk*4*channels + c
     tl.store(out, n, mask=real)
-    tl.store(out + channels, near + off, mask=real)
-    tl.store(out + 2*channels, total(second, LAST) - off*off*n, mask=real)
+    tl.store(out + channels, near, mask=real)
+    tl.store(out + 2*channels, off, mask=real)
+    tl.store(out + 3*channels, total(second, LAST) - off*off*n, mask=real)
 
 @triton.jit
-def _part(parts_ptr, k, chunks, c, real, channels, ROWS: tl.constexpr):
+def _part(parts_ptr, k, chunks, near, c, real, channels, ROWS: tl.constexpr):
     row = k + tl.arange(0, ROWS)[:, None]
     inside = (row < chunks) & real
-    at = parts_ptr + row*3*channels + c
+    at = parts_ptr + row*4*channels + c
     n = tl.load(at, mask=inside, other=0.)
-    mean = tl.load(at + channels, mask=inside, other=0.)
-    return n, mean, tl.load(at + 2*channels, mask=inside, other=0.)
+    off = (tl.load(at + channels, mask=inside, other=0.) - near) + tl.load(at + 2*channels, mask=inside, other=0.)
+    return n, off, tl.load(at + 3*channels, mask=inside, other=0.)
 
 @triton.jit
 def together(parts_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, momentum, momentum_rest,
@@ -59,14 +60,15 @@ def together(parts_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, mo
     near = tl.load(parts_ptr + channels + c, mask=real, other=0.)
     first = tl.zeros([ROWS, WIDE], wide)
     for k in range(0, chunks, ROWS):
-        n,mean,_ = _part(parts_ptr, k, chunks, c, real, channels, ROWS)
-        first += n*(mean - near)
+        n,off,squares = _part(parts_ptr, k, chunks, near, c, real, channels, ROWS)
+        first += n*off
     n = tl.zeros([1, WIDE], wide) + count
-    middle = near + tl.sum(first, 0)[None, :]/n
+    shift = tl.sum(first, 0)[None, :]/n
+    middle = near + shift
     second = tl.zeros([ROWS, WIDE], wide)
     for k in range(0, chunks, ROWS):
-        m,mean,squares = _part(parts_ptr, k, chunks, c, real, channels, ROWS)
-        second += squares + m*(mean - middle)*(mean - middle)
+        m,off,squares = _part(parts_ptr, k, chunks, near, c, real, channels, ROWS)
+        second += squares + m*(off - shift)*(off - shift)
     square = tl.sum(second, 0)[None, :]
     tl.store(mean_ptr + c, middle, mask=real)
     tl.store(var_ptr + c, square/n, mask=real)
@@ -100,13 +102,13 @@ def norm_forward(x_ptr, y_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, leak_ptr
     chunk,group = tl.program_id(0),tl.program_id(1)
     c,real = channel(group, channels, LAST, WIDE)
     leak,sub,maxv = values(leak_ptr, sub_ptr, maxv_ptr, x_ptr, c, real)
-    mean,_,scale,bias = _norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, eps_rest, c, real, leak.dtype,
+    mean,inverse,scale,bias = _norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, eps_rest, c, real, leak.dtype,
                               WEIGHT, BIAS)
     for t in range(chunk*per, min(chunk*per + per, tiles)):
-        at,inside,_,_ = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
+        at,inside,line,i = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
         x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
         h = rounded((x - mean)*scale + bias, x_ptr)
-        z,_ = bent(h, leak, sub, x_ptr, LOWEST)
+        z,negative = bent(h, leak, sub, x_ptr, LOWEST)
         tl.store(y_ptr + at, tl.where(z >= maxv, maxv, z).to(y_ptr.dtype.element_ty), mask=inside)
 
 # %% ../../nbs/api/00_kernels.triton_norm.ipynb #fbe1d0bf
@@ -133,7 +135,7 @@ def norm_sums(g_ptr, x_ptr, parts_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, 
     dbias = tl.zeros([ROWS, WIDE], leak.dtype)
     dweight = tl.zeros([ROWS, WIDE], leak.dtype)
     for t in range(chunk*per, min(chunk*per + per, tiles)):
-        at,inside,_,_ = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
+        at,inside,line,i = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
         x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
         g = tl.load(g_ptr + at, mask=inside, other=0.).to(leak.dtype)
         dh,passed,negative,clipped = _dh(x, g, mean, scale, bias, leak, sub, maxv, x_ptr, LOWEST)
@@ -164,10 +166,10 @@ def norm_backward(g_ptr, x_ptr, dx_ptr, sums_ptr, mean_ptr, var_ptr, weight_ptr,
     rest = -share*tl.load(sums_ptr + 3*channels + c, mask=real, other=0.)
     of_x = -share*inverse*tl.load(sums_ptr + 4*channels + c, mask=real, other=0.)
     for t in range(chunk*per, min(chunk*per + per, tiles)):
-        at,inside,_,_ = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
+        at,inside,line,i = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
         x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
         g = tl.load(g_ptr + at, mask=inside, other=0.).to(leak.dtype)
-        dh,_,_,_ = _dh(x, g, mean, scale, bias, leak, sub, maxv, x_ptr, LOWEST)
+        dh,passed,negative,clipped = _dh(x, g, mean, scale, bias, leak, sub, maxv, x_ptr, LOWEST)
         dx = dh*scale
         if TRAINING: dx += (x - mean)*of_x + rest
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
