@@ -240,9 +240,9 @@ def test_what_hardly_varies(last, eps, small):
 
 def test_second_derivatives_with_batchnorm():
     torch.manual_seed(0)
-    args = given(*(o.double() for o in (torch.randn(3, 2, 4), torch.ones(2), torch.zeros(2), *inputs((3, 2), 1, 2, 'some')[1:])))
+    args = given(*(o.double() for o in (torch.randn(3, 2, 3), torch.ones(2), torch.zeros(2), *inputs((3, 2), 1, 2, 'some')[1:])))
     def f(*args): return bn_learned_relu(args[0], None, None, *args[1:], training=True)
-    assert gradcheck(f, args) and gradgradcheck(f, args)
+    assert gradcheck(f, args, fast_mode=True) and gradgradcheck(f, args, fast_mode=True)
 
 
 def test_a_running_statistic_that_changed_is_noticed():

@@ -11,6 +11,7 @@ __all__ = ['measured', 'plot_speed', 'learned_relu_speed']
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -110,8 +111,11 @@ def _print(df, first):
 def _interrupt(*_): raise KeyboardInterrupt
 
 def _measured_all(device, rounds, steps, minutes, about):
-    signal.signal(signal.SIGTERM, _interrupt) # as `timeout` ends a process
-    df,left,ended = measured_until(full_works(device, rounds, steps), minutes)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if main else None # as `timeout` ends a process
+    try: df,left,ended = measured_until(full_works(device, rounds, steps), minutes)
+    finally:
+        if main: signal.signal(signal.SIGTERM, before)
     about.update(left=left, ended=ended, shape=None)
     return df
 
