@@ -9,6 +9,7 @@ __all__ = ['FORMATS', 'UNITS', 'SIZES', 'KINDS', 'in_graph', 'copy_rows', 'activ
            'models_of', 'captured_rows', 'full_works', 'measured_until']
 
 # %% ../../nbs/api/36_bench.full.ipynb #8c96c7b5
+import gc
 import time
 from functools import partial
 
@@ -175,6 +176,7 @@ def measured_until(
         except KeyboardInterrupt: ended = 'interrupted'; break
         except RuntimeError as e: # out of memory, a kernel that cannot be compiled, a graph that cannot be captured
             ended = f'{name}: {type(e).__name__}: {str(e).splitlines()[0]}'
+        gc.collect() # models and graphs that hold each other hold a GPU's memory, too
         if torch.cuda.is_available(): torch.cuda.empty_cache()
     rows = pd.concat(res, names=['work', 'name']).reset_index() if res else pd.DataFrame(columns=['work', 'name'])
     return rows, [o for o in works if o not in res], ended

@@ -193,8 +193,9 @@ def step_cost(
         return step
     def peak(step):
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() # all the models are there
         step()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
     steps = {k: stepper(m) for k,m in models.items()}
     df = time_ratios(steps, next(iter(models)), rounds, number=1)
     saved = pd.Series({k: saved_bytes(m, x) for k,m in models.items() if not m._compiled_call_impl}, dtype=float)
