@@ -6,21 +6,25 @@ Docs: https://learned-relu.github.io/learned_relu/api/batchnorm.html.md"""
 
 # %% auto #0
 __all__ = ['normed_layout', 'bn_learned_relu', 'DeferredBatchNorm1d', 'DeferredBatchNorm2d', 'DeferredBatchNorm3d', 'can_defer',
-           'BnLearnedRelu', 'fuse_bn', 'norms_before', 'fuse_batchnorms', 'unfuse_batchnorms']
+           'BnLearnedRelu', 'fuse_bn', 'nothing_to_fuse', 'fuse_batchnorms', 'unfuse_batchnorms']
 
 # %% ../nbs/api/03_batchnorm.ipynb #446b31ed
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from ._torch import in_memory, transformed
+from ._torch import in_memory, set_compiled_call, transformed
+from .act_layer import call_in_graph
 from .functional import learned_relu, learned_relu_gradients
 from .kernels import cpu, cpu_batchnorm
+from .kernels.cpu_batchnorm import Norm
 from .kernels.dispatch import chosen, native
 from .kernels.layout import fitted, values_of, with_strides
 from .layers import LearnedRelu
 from .reference import check_parameters
-from .trace import dummy_input, fed_by, places_of
+from .calls import fed_by
+from .trace import dummy_input, places_of
 
 # %% ../nbs/api/03_batchnorm.ipynb #f856a570
 def _kernels(x):
@@ -42,8 +46,8 @@ def _kernel_forward(x, weight, bias, params, running_mean, running_var, training
     kernels,lay = how
     running = running_mean,running_var
     mean,var = kernels.normed_stats(x, lay, *running, momentum) if training else running
-    values = values_of(params, len(mean), x.dtype)
-    return kernels.normed_forward(x, weight, bias, mean, var, eps, values, lay), mean, var
+    norm = Norm(weight, bias, mean, var, eps, values_of(params, len(mean), x.dtype), lay)
+    return kernels.normed_forward(x, norm), mean, var
 
 def _differentiable(ctx, g, x, weight, bias, params, running, again):
     with torch.enable_grad():
@@ -91,9 +95,9 @@ class _BnLearnedRelu(torch.autograd.Function):
         if not memory: grads = _differentiable(ctx, g, x, weight, bias, params, running, again)
         elif not ctx.how: grads = _by_operations(ctx, g, x, weight, bias, params, running, mean, spread)
         else:
-            x,values,(kernels,lay) = with_strides(x, ctx.strides),values_of(params, len(mean), x.dtype),ctx.how
-            dx,dw,db,*grads = kernels.normed_backward(g, x, weight, bias, mean, spread, ctx.eps, values, lay,
-                                                      ctx.training)
+            kernels,lay = ctx.how
+            norm = Norm(weight, bias, mean, spread, ctx.eps, values_of(params, len(mean), x.dtype), lay)
+            dx,dw,db,*grads = kernels.normed_backward(g, with_strides(x, ctx.strides), norm, ctx.training)
             grads = dx, None if weight is None else dw, None if bias is None else db, *map(fitted, grads, params)
         return *(o if n else None for o,n in zip(grads, ctx.needs_input_grad)), *[None]*6
 
@@ -140,6 +144,7 @@ class _Deferred:
         x:Tensor, # activations, `(batch, channels, *)`
     ) -> Tensor: # `x` as it is
         "Only check `x`: the `BnLearnedRelu` that follows normalises it."
+        if isinstance(x, Proxy): return call_in_graph(self, x)
         self._check_input_dim(x)
         self._called = True
         return x
@@ -169,6 +174,7 @@ class BnLearnedRelu(LearnedRelu):
         x:Tensor, # activations before BatchNorm, `(batch, channels, *)`, floating point
     ) -> Tensor: # shape, dtype and memory format of `x`
         "The curve at the normalised `x`; `RuntimeError` where the BatchNorm before it is not the one it began with."
+        if isinstance(x, Proxy): return call_in_graph(self, x)
         bn, = self._bn
         if not bn._called:
             raise RuntimeError('The BatchNorm that this activation was fused with was not called before it: it was '
@@ -189,7 +195,7 @@ class BnLearnedRelu(LearnedRelu):
 
 def _become(module, cls): # the same object, so that an optimizer, a hook or a second name for it goes on
     module.__class__ = cls
-    module._compiled_call_impl = None # made for what it was
+    set_compiled_call(module, None) # made for what it was
 
 def fuse_bn(
     bn:nn.Module, # BatchNorm, changed in place
@@ -204,28 +210,25 @@ def fuse_bn(
     act._bn = (bn,) # in a tuple: it is a submodule of the model, not of this layer
 
 # %% ../nbs/api/03_batchnorm.ipynb #fc4b9098
-def norms_before(
+def nothing_to_fuse(
     model:nn.Module, # any model
-    acts, # activations of it
-    sample=None, # input to run once: a tensor or a tuple of tensors; None derives one from the first layer
-) -> dict: # activation -> BatchNorm
-    "Which of `acts` a BatchNorm feeds, and nothing else; `ValueError` where there is none."
-    norms = [m for m in model.modules() if can_defer(m)]
-    pairs = {}
-    if norms and acts: pairs = fed_by(model, norms, list(acts), dummy_input(model) if sample is None else sample)
-    if not pairs:
-        raise ValueError(f'There is nothing to fuse: {type(model).__name__} has {len(norms)} BatchNorms of the kinds '
-                         f'that can be fused and {len(acts)} activations that could take one over, none of which is '
-                         'fed by one directly and alone')
-    return pairs
+    acts:int, # how many activations of it could take a BatchNorm over
+) -> str: # one sentence
+    "Why no BatchNorm of `model` can be computed together with an activation."
+    norms = sum(can_defer(m) for m in model.modules())
+    return (f'There is nothing to fuse: {type(model).__name__} has {norms} BatchNorms of the kinds that can be fused and '
+            f'{acts} activations that could take one over, none of which is fed by one directly and alone')
 
 def fuse_batchnorms(
     model:nn.Module, # a model with `LearnedRelu`s, changed in place
-    sample=None, # input to run once: a tensor or a tuple of tensors; None derives one from the first layer
+    sample=None, # input to run once: a tensor, a tuple of tensors or a dict; None derives one from the first layer
 ) -> dict: # name of each activation fused -> name of the BatchNorm, all of them where it stands in several places
     "Let each `LearnedRelu` compute the BatchNorm that it alone is fed by; `ValueError` where there is none."
     names = places_of(model, nn.Module)
-    pairs = norms_before(model, [m for m in names if type(m) is LearnedRelu and m.channel_dim == 1], sample)
+    norms = [m for m in names if can_defer(m)]
+    acts = [m for m in names if type(m) is LearnedRelu and m.channel_dim == 1]
+    pairs = norms and acts and fed_by(model, norms, acts, dummy_input(model) if sample is None else sample)
+    if not pairs: raise ValueError(nothing_to_fuse(model, len(acts)))
     for act,bn in pairs.items(): fuse_bn(bn, act)
     return {', '.join(names[act]): ', '.join(names[bn]) for act,bn in pairs.items()}
 

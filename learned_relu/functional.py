@@ -9,6 +9,7 @@ __all__ = ['learned_relu', 'learned_relu_gradients']
 
 # %% ../nbs/api/00_functional.ipynb #fbda0a2f
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .kernels.dispatch import curve, curve_gradients
 
@@ -23,6 +24,8 @@ def learned_relu(
 ) -> Tensor: # shape, dtype, device and memory format of `x`
     """`min(leaky(x, leak) - sub, maxv)` with exact gradients for all four; `TypeError` for other than floats,
     `ValueError` for wrong counts or an `impl` that cannot take `x`."""
+    if not isinstance(x, Tensor) and has_torch_function_unary(x): # as a proxy of torch.fx
+        return handle_torch_function(learned_relu, (x,), x, leak, sub, maxv, channel_dim, impl)
     return curve(x, (leak, sub, maxv), channel_dim, impl)
 
 # %% ../nbs/api/00_functional.ipynb #e7e4412b

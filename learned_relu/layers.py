@@ -10,9 +10,11 @@ __all__ = ['LearnedRelu', 'GeneralRelu', 'LearnedClip', 'SymmetricClip', 'Learne
 # %% ../nbs/api/02_layers.ipynb #72f0e0d0
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from .act_layer import ActLayer, starting_value
+from .act_layer import ActLayer, call_in_graph, holds, laid_out, starting_value
 from .functional import learned_relu
 from .reference import lined_up
 from .surrogate import leaky_grad_relu, learned_clip, learned_threshold, symmetric_clip
@@ -30,8 +32,10 @@ class LearnedRelu(ActLayer):
         learn:Iterable=('leak','sub','maxv'), # what is learned; the others keep their starting value
         channel_dim:int=1, # dimension of the input that per-channel values run along; negative counts from the end
         inplace:bool=False, # ignored: the input is never modified
+        device:torch.device=None, # where the values are; None for where they come from, or the default
+        dtype:torch.dtype=None, # of the values, floating point; None for their own, or the default for numbers
     ):
-        super().__init__(dict(leak=leak, sub=sub, maxv=maxv), num_parameters, learn, channel_dim)
+        super().__init__(dict(leak=leak, sub=sub, maxv=maxv), num_parameters, learn, channel_dim, device, dtype)
 
     def curve(self, x, values, channel_dim): return learned_relu(x, **values, channel_dim=channel_dim)
     def clipped(self, y): return y >= _line(self, y, 'maxv')
@@ -48,8 +52,10 @@ class GeneralRelu(ActLayer):
         maxv:float|Tensor=10., # cap on the output, in units of the activation
         channel_dim:int=1, # dimension of the input that per-channel values run along; negative counts from the end
         inplace:bool=False, # ignored: the input is never modified
+        device:torch.device=None, # where the values are; None for where they come from, or the default
+        dtype:torch.dtype=None, # of the values, floating point; None for their own, or the default for numbers
     ):
-        super().__init__(dict(leak=leak, sub=sub, maxv=maxv), num_parameters, (), channel_dim)
+        super().__init__(dict(leak=leak, sub=sub, maxv=maxv), num_parameters, (), channel_dim, device, dtype)
 
     curve,clipped = LearnedRelu.curve,LearnedRelu.clipped
 
@@ -68,11 +74,13 @@ class LearnedClip(ActLayer):
         learn:Iterable=('cutoff',), # what is learned; the others keep their starting value
         channel_dim:int=1, # dimension of the input that per-channel values run along; negative counts from the end
         inplace:bool=False, # ignored: the input is never modified
+        device:torch.device=None, # where the values are; None for where they come from, or the default
+        dtype:torch.dtype=None, # of the values, floating point; None for their own, or the default for numbers
     ):
         values = {k: v for k,v in dict(cutoff=cutoff, value=value, low=low).items() if v is not None}
-        super().__init__(values, num_parameters, learn, channel_dim)
+        super().__init__(values, num_parameters, learn, channel_dim, device, dtype)
         if 'cutoff' in self.learn and value is not None: _check_width(width, 'cutoff')
-        if low is not None and (self.low >= self.cutoff).any():
+        if low is not None and not holds(self._start['low'] < self._start['cutoff']):
             raise ValueError(f'low starts at {low} and cutoff at {cutoff}: start low below cutoff')
         self.width,self.positive_only = width,positive_only
 
@@ -82,6 +90,7 @@ class LearnedClip(ActLayer):
         res = y == _line(self, y, 'value' if 'value' in self.kinds else 'cutoff')
         return res | (y == _line(self, y, 'low')) if 'low' in self.kinds else res
 
+# %% ../nbs/api/02_layers.ipynb #7d1f0c41
 class SymmetricClip(ActLayer):
     "Clip to [-cutoff, cutoff], with `cutoff` learned per layer or per channel."
     bounds = dict(cutoff=(.01, 100.))
@@ -92,9 +101,11 @@ class SymmetricClip(ActLayer):
         learn:Iterable=('cutoff',), # `()` to keep it fixed
         channel_dim:int=1, # dimension of the input that per-channel values run along; negative counts from the end
         inplace:bool=False, # ignored: the input is never modified
+        device:torch.device=None, # where the values are; None for where they come from, or the default
+        dtype:torch.dtype=None, # of the values, floating point; None for their own, or the default for numbers
     ):
-        super().__init__(dict(cutoff=cutoff), num_parameters, learn, channel_dim)
-        if (self.cutoff <= 0).any(): raise ValueError(f'cutoff starts at {cutoff}: start above 0')
+        super().__init__(dict(cutoff=cutoff), num_parameters, learn, channel_dim, device, dtype)
+        if not holds(self._start['cutoff'] > 0): raise ValueError(f'cutoff starts at {cutoff}: start above 0')
 
     def curve(self, x, values, channel_dim): return symmetric_clip(x, **values, channel_dim=channel_dim)
     def clipped(self, y): return y.abs() == _line(self, y, 'cutoff')
@@ -117,8 +128,10 @@ class LearnedThreshold(ActLayer):
         learn:Iterable=('threshold',), # what is learned; the others keep their starting value
         channel_dim:int=1, # dimension of the input that per-channel values run along; negative counts from the end
         inplace:bool=False, # ignored: the input is never modified
+        device:torch.device=None, # where the values are; None for where they come from, or the default
+        dtype:torch.dtype=None, # of the values, floating point; None for their own, or the default for numbers
     ):
-        super().__init__(dict(threshold=threshold, value=value), num_parameters, learn, channel_dim)
+        super().__init__(dict(threshold=threshold, value=value), num_parameters, learn, channel_dim, device, dtype)
         if 'threshold' in self.learn: _check_width(width, 'threshold')
         self.width = width
 
@@ -135,17 +148,24 @@ class LeakyGradRelu(nn.Module):
         leak:float|Tensor=.1, # slope of the backward pass below 0: a number, or a tensor of shape `(channels,)`
         channel_dim:int=1, # dimension of the input that per-channel slopes run along; negative counts from the end
         inplace:bool=False, # ignored: the input is never modified
+        device:torch.device=None, # where the values are; None for where they come from, or the default
+        dtype:torch.dtype=None, # of the values, floating point; None for their own, or the default for numbers
     ):
         super().__init__()
-        starting_value('leak', leak, len(leak) if isinstance(leak, Tensor) and leak.ndim else 1)
-        if isinstance(leak, Tensor): self.register_buffer('leak', leak.detach().clone())
-        else: self.leak = float(leak)
-        self.channel_dim = channel_dim
+        start = starting_value('leak', leak, len(leak) if isinstance(leak, Tensor) and leak.ndim else 1, device, dtype)
+        self.channel_dim,self._start = channel_dim,leak.detach().clone() if isinstance(leak, Tensor) else float(leak)
+        if isinstance(leak, Tensor): self.register_buffer('leak', start.reshape(leak.shape))
+        else: self.leak = self._start
+
+    def reset_parameters(self):
+        "Back to the slope that the layer was made with."
+        if isinstance(self.leak, Tensor): self.leak.copy_(laid_out('leak', self._start, self.leak))
 
     def forward(self,
         x:Tensor, # activations, floating point
     ) -> Tensor: # `relu(x)`
         "ReLU, with a gradient on the negative side."
+        if isinstance(x, Proxy) and (node := call_in_graph(self, x)) is not None: return node
         return leaky_grad_relu(x, self.leak, self.channel_dim)
 
     def extra_repr(self):

@@ -8,13 +8,16 @@ Docs: https://learned-relu.github.io/learned_relu/api/learner.html.md"""
 __all__ = ['sample_inputs']
 
 # %% ../nbs/api/29_learner.ipynb #80461e87
+import inspect
 import random
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastcore.foundation import L
 
 from .callback.clamp import ClampActParams
 from .callback.core import ensure_in_optimizer
@@ -23,7 +26,8 @@ from .callback.ema import EMAActParams
 from .callback.freeze import FreezeActParams
 from .callback.telemetry import ActTelemetry
 from .layers import LearnedRelu
-from .patch import patch_relus, unpatch_relus
+from .params import act_layers
+from .patch import batches_counted, patch_relus, unpatch_relus
 
 # %% ../nbs/api/29_learner.ipynb #3b9faecd
 @contextmanager
@@ -53,26 +57,52 @@ def sample_inputs(
 # %% ../nbs/api/29_learner.ipynb #0cf82eb3
 _ours = NoDecayActParams, ClampActParams, EMAActParams, FreezeActParams, ActTelemetry
 
+def _check_starts(model, clamp, given, kwargs):
+    "Refuse a start that the first step would take back."
+    layer,init = kwargs.get('layer', LearnedRelu),kwargs.get('init')
+    usual = {} if init in ('same', 'data') or init is None and not given and batches_counted(model) else _defaults(layer)
+    for k,v in (usual | given | (init if isinstance(init, dict) else {})).items():
+        low,high = clamp.bounds_of(layer, k)
+        if not isinstance(v, torch.Tensor) and not low <= v <= high:
+            raise ValueError(f'{k} starts at {v}, outside its bounds ({low:g}, {high:g}): start inside, '
+                             f'or pass cbs= with ClampActParams({k}=(low, high))')
+
+def _defaults(layer):
+    takes = inspect.signature(layer).parameters
+    return {k: takes[k].default for k in getattr(layer, 'bounds', ()) if k in takes and takes[k].default is not None}
+
+@torch.no_grad()
+def _start_inside(model, clamp):
+    "A cap that is not there starts at the highest that the bounds allow."
+    for m in act_layers(model).values():
+        for k in m.learn: getattr(m, k).clamp_(*clamp.bounds_of(type(m), k))
+        m.reset_averages()
+
 @patch
 def to_learned_relu(self:Learner,
-    leak:float=.05, # starting slope of the negative side, no unit
-    sub:float=.25, # starting shift down, in units of the activation
-    maxv:float=10., # starting cap, in units of the activation; (0, 0, 10) starts next to plain ReLU
+    leak:float=None, # starting slope of the negative side, no unit; None for .05, or as it stood in a trained model
+    sub:float=None, # starting shift down, in units of the activation; None for .25, or 0 in a trained model
+    maxv:float=None, # starting cap, in units of the activation; None for 10, or none in a trained model
     per_channel:bool=True, # one value per channel (True), or per layer
     cbs=None, # callbacks to add; None adds NoDecayActParams, ClampActParams, EMAActParams and ActTelemetry
-    sample=None, # inputs that tell the channel counts; None takes a batch, leaving every random generator as it was
-    **kwargs # passed on to `patch_relus`, for example `exclude`
+    sample=None, # inputs to run once; None takes a batch, leaving every random generator as it was
+    **kwargs # passed on to `patch_relus`, for example `exclude` or `init`
 ) -> Learner: # self
-    "Replace the ReLUs of the model by learned ones and add the callbacks that keep them; `ValueError` where there is nothing to patch."
-    cbs = [NoDecayActParams(), ClampActParams(), EMAActParams(), ActTelemetry()] if cbs is None else list(cbs)
+    """Replace the ReLUs of the model by learned ones and add the callbacks that keep them; `ValueError` where none would
+    learn, or one would start outside its bounds, and a warning where fewer than half of the calls learn."""
+    cbs = [NoDecayActParams(), ClampActParams(), EMAActParams(), ActTelemetry()] if cbs is None else L(cbs)
     clamp = next((o for o in cbs if isinstance(o, ClampActParams)), None)
-    for k,v in dict(leak=leak, sub=sub, maxv=maxv).items() if clamp else ():
-        low,high = clamp.bounds_of(LearnedRelu, k)
-        if not low <= v <= high:
-            raise ValueError(f'{k} starts at {v}, outside its bounds ({low:g}, {high:g}): start inside, or pass cbs= with ClampActParams({k}=(low, high))')
-    self.relu_report = patch_relus(self.model, sample=sample_inputs(self) if sample is None else sample, per_channel=per_channel,
-                                   leak=leak, sub=sub, maxv=maxv, **kwargs)
-    ensure_in_optimizer(self)
+    given = {k: v for k,v in dict(leak=leak, sub=sub, maxv=maxv).items() if v is not None}
+    if clamp: _check_starts(self.model, clamp, given, kwargs)
+    sample = sample_inputs(self) if sample is None else sample
+    report = patch_relus(self.model, sample=sample, per_channel=per_channel, **given, **kwargs)
+    if not len(report): raise ValueError(f'No activation would learn:\n{report}')
+    try: ensure_in_optimizer(self)
+    except ValueError: unpatch_relus(self.model); raise
+    if clamp: _start_inside(self.model, clamp)
+    if report.learning < report.calls/2:
+        warnings.warn(f'{report.summary()}. learn.relu_report says which and why', stacklevel=2)
+    self.relu_report = report
     return self.add_cbs(cbs)
 
 # %% ../nbs/api/29_learner.ipynb #282b151e

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ._torch import inside_compiled
 from .act_layer import ActLayer
 
 # %% ../nbs/api/03_params.ipynb #da51a609
@@ -21,7 +22,7 @@ def inner_model(
     "The model itself, without the wrappers that prefix its names."
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-        elif hasattr(model, '_orig_mod'): model = model._orig_mod
+        elif (inside := inside_compiled(model)) is not None: model = inside
         else: return model
 
 # %% ../nbs/api/03_params.ipynb #a8cbadac
@@ -41,16 +42,17 @@ def act_layers(
 def act_params(
     model:nn.Module, # any model, wrapped or not
 ) -> list: # one `ActParam` (name, layer, kind, param) per learned parameter, in the order of the model
-    "The learned activation parameters of `model`."
-    return [ActParam(n, m, k, getattr(m, k)) for n,m in act_layers(model).items() for k in m.learn]
+    "The learned activation parameters of `model`; what is computed from another, by a parametrization, is none."
+    layers = act_layers(model).items()
+    return [ActParam(n, m, k, getattr(m, k)) for n,m in layers for k in m.learn if k in m._parameters]
 
 # %% ../nbs/api/03_params.ipynb #776fa303
 def activation_weights(
     model:nn.Module, # any model, wrapped or not
 ) -> list: # parameters, each once
-    "Every parameter of `model` that shapes an activation function: ours, and those of `nn.PReLU`."
-    prelus = [m.weight for m in inner_model(model).modules() if isinstance(m, nn.PReLU)]
-    return [o.param for o in act_params(model)] + prelus
+    "Every parameter of `model` that shapes an activation function: ours, parametrized or not, and those of `nn.PReLU`."
+    shaping = [m for m in inner_model(model).modules() if isinstance(m, (ActLayer, nn.PReLU))]
+    return [*dict.fromkeys(p for m in shaping for p in m.parameters())]
 
 # %% ../nbs/api/03_params.ipynb #621e0724
 def reset_averages(

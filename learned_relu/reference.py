@@ -9,6 +9,8 @@ __all__ = ['channel_shape', 'check_input', 'check_parameters', 'lined_up', 'para
            'shifted', 'learned_relu_reference', 'gradients']
 
 # %% ../nbs/api/00_reference.ipynb #eae1b991
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,12 @@ def channel_shape(
     name:str='parameter', # what to call `p` in an error
 ) -> tuple: # shape in which `p` broadcasts over `x`
     "Shape that lines `p` up with `channel_dim` of `x`; raises `ValueError` or `TypeError` where it cannot."
+    if not torch.jit.is_tracing(): return _channel_shape(x, p, channel_dim, name)
+    with warnings.catch_warnings(): # which says that numbers of channels become fixed: they are
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)
+        return _channel_shape(x, p, channel_dim, name)
+
+def _channel_shape(x, p, channel_dim, name):
     if not isinstance(p, Tensor):
         raise TypeError(f'{name} is a {type(p).__name__}: pass a tensor, for example torch.tensor({p!r})')
     if p.ndim > 1:

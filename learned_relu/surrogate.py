@@ -8,17 +8,23 @@ Docs: https://learned-relu.github.io/learned_relu/api/surrogate.html.md"""
 __all__ = ['surrogate_gradient', 'leaky_grad_relu', 'edge_window', 'learned_clip', 'symmetric_clip', 'learned_threshold']
 
 # %% ../nbs/api/01_surrogate.ipynb #65f52d42
+import functools
+
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from ._torch import forward_mode, reverse_transform
 from .reference import channel_shape, check_input, lined_up, param_grad
 
 # %% ../nbs/api/01_surrogate.ipynb #40712187
-def _applied(function, *args):
-    try: return function.apply(*args)
-    except NotImplementedError as e:
-        raise NotImplementedError('A surrogate gradient has no forward-mode derivative (jvp, jacfwd): '
-                                  'use reverse mode (grad, vjp, jacrev)') from e
+def _overridable(f): # what stands for a tensor, as a proxy of torch.fx, gives the result
+    @functools.wraps(f)
+    def asked(x, *args, **kwargs):
+        if not isinstance(x, Tensor) and has_torch_function_unary(x):
+            return handle_torch_function(asked, (x,), x, *args, **kwargs)
+        return f(x, *args, **kwargs)
+    return asked
 
 class _Surrogate(torch.autograd.Function):
     generate_vmap_rule = True
@@ -28,12 +34,18 @@ class _Surrogate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.shape,ctx.dtype = inputs[1].shape,inputs[1].dtype
+        ctx.shape,ctx.dtype,ctx.like = inputs[1].shape,inputs[1].dtype,(output.shape, output.dtype)
 
     @staticmethod
     def backward(ctx, g):
         wide = torch.promote_types(g.dtype, ctx.dtype)
         return None, g.to(wide).sum_to_size(ctx.shape).to(ctx.dtype)
+
+class _SurrogateForward(_Surrogate): # apart, since torch.compile takes no function that has a jvp
+    @staticmethod
+    def jvp(ctx, value, source):
+        shape,dtype = ctx.like
+        return (torch.zeros_like(value) if source is None else source).to(dtype).expand(shape)
 
 def surrogate_gradient(
     forward:Tensor, # what the result is, floating point; gets no gradient
@@ -47,7 +59,7 @@ def surrogate_gradient(
     except RuntimeError as e:
         raise ValueError(f'forward has shape {tuple(forward.shape)} and backward {tuple(backward.shape)}: '
                          'pass shapes that broadcast') from e
-    return _applied(_Surrogate, forward, backward)
+    return (_SurrogateForward if forward_mode() else _Surrogate).apply(forward, backward)
 
 # %% ../nbs/api/01_surrogate.ipynb #4fc23792
 class _LeakyGradRelu(torch.autograd.Function):
@@ -63,6 +75,7 @@ class _LeakyGradRelu(torch.autograd.Function):
         if isinstance(ctx.leak, Tensor): return torch.where(y > 0, g, g*ctx.leak), None
         return torch.ops.aten.leaky_relu_backward(g, y, ctx.leak, False), None
 
+@_overridable
 def leaky_grad_relu(
     x:Tensor, # activations, any shape with `channel_dim`, floating point; never modified
     leak:float|Tensor=.1, # slope of the backward pass below 0: a number, or a tensor 0-d, `(1,)` or `(channels,)`
@@ -77,11 +90,9 @@ def leaky_grad_relu(
                              'pass leak.detach()')
         leak, = lined_up(x, channel_dim, leak=leak)
     elif not -torch.inf < leak < torch.inf: raise ValueError(f'leak is {leak}: pass a finite number')
-    try: return _LeakyGradRelu.apply(x, leak)
-    except RuntimeError as e:
-        if 'functorch' not in str(e): raise
-        raise NotImplementedError('leaky_grad_relu takes no transforms of torch.func, for speed: '
-                                  'use surrogate_gradient(x.relu(), F.leaky_relu(x, leak))') from e
+    if torch.jit.is_tracing(): return torch.where(x <= 0, leak*(x.nan_to_num() - x.detach().nan_to_num()), x)
+    if forward_mode() or reverse_transform(): return surrogate_gradient(x.relu(), torch.where(x > 0, x, x*leak))
+    return _LeakyGradRelu.apply(x, leak)
 
 # %% ../nbs/api/01_surrogate.ipynb #756f7022
 def edge_window(
@@ -94,6 +105,12 @@ def edge_window(
 def _beyond(x, edge, upper, positive):
     res = x >= edge if upper else x <= edge
     return res & (x > 0) if positive else res
+
+def _at_edge(x, edge, fill, upper, positive, width): # how near each element is, in float32 or wider; what it would gain
+    near = edge_window(x.to(torch.promote_types(x.dtype, torch.float32)) - edge, width)
+    if positive: near = torch.where(x > 0, near, 0)
+    jump = torch.where(near > 0, x - fill, 0)
+    return near, jump if upper else -jump
 
 class _Replace(torch.autograd.Function):
     generate_vmap_rule = True
@@ -120,11 +137,17 @@ class _Replace(torch.autograd.Function):
         if not need_edge: dedge = None
         elif not width: dedge = torch.zeros_like(edge)
         else:
-            near = edge_window(x.to(torch.promote_types(x.dtype, torch.float32)) - e, width)
-            if positive: near = torch.where(x > 0, near, 0)
-            jump = torch.where(near > 0, x - f, 0)
-            dedge = param_grad(g*near*(jump if upper else -jump), e, edge)
+            near,jump = _at_edge(x, e, f, upper, positive, width)
+            dedge = param_grad(g*near*jump, e, edge)
         return dx, dedge, dfill, None, None, None, None
+
+# %% ../nbs/api/01_surrogate.ipynb #7d1f0c21
+def _by_operations(x, edge, fill, upper, positive, width, channel_dim):
+    e,f = lined_up(x, channel_dim, edge=edge, fill=fill)
+    y = torch.where(_beyond(x, e, upper, positive), f, x)
+    if not width: return y
+    near,jump = _at_edge(x.detach(), e.detach(), f.detach(), upper, positive, width)
+    return y + (near*jump).to(x.dtype)*(e - e.detach())
 
 def _replace(x, edge, fill, upper, channel_dim, width=0., positive=False, names=('cutoff', 'value')):
     check_input(x)
@@ -132,9 +155,12 @@ def _replace(x, edge, fill, upper, channel_dim, width=0., positive=False, names=
     if not 0 <= width < torch.inf:
         raise ValueError(f'width is {width}: pass a finite number, 0 or more, in units of the activation')
     if fill is edge: fill = edge.view_as(edge) # torch.compile wants two tensors
-    return _applied(_Replace, x, edge, fill, upper, positive, float(width), channel_dim)
+    if forward_mode() or torch.jit.is_tracing(): # in operations, which a tracer can write down
+        return _by_operations(x, edge, fill, upper, positive, float(width), channel_dim)
+    return _Replace.apply(x, edge, fill, upper, positive, float(width), channel_dim)
 
 # %% ../nbs/api/01_surrogate.ipynb #14e08098
+@_overridable
 def learned_clip(
     x:Tensor, # activations, any shape with `channel_dim`, floating point; never modified
     cutoff:Tensor, # upper edge, in units of the activation: 0-d, `(1,)` or `(channels,)`
@@ -149,6 +175,7 @@ def learned_clip(
     y = _replace(x, cutoff, cutoff if value is None else value, True, channel_dim, width, positive_only)
     return y if low is None else _replace(y, low, low, False, channel_dim, names=('low', 'low'))
 
+@_overridable
 def symmetric_clip(
     x:Tensor, # activations, any shape with `channel_dim`, floating point; never modified
     cutoff:Tensor, # bound on the absolute value, in units of the activation, not negative: 0-d, `(1,)` or `(channels,)`
@@ -158,6 +185,7 @@ def symmetric_clip(
     return _replace(_replace(x, cutoff, cutoff, True, channel_dim), -cutoff, -cutoff, False, channel_dim)
 
 # %% ../nbs/api/01_surrogate.ipynb #af0b570f
+@_overridable
 def learned_threshold(
     x:Tensor, # activations, any shape with `channel_dim`, floating point; never modified
     threshold:Tensor, # edge, in units of the activation: 0-d, `(1,)` or `(channels,)`
@@ -168,5 +196,5 @@ def learned_threshold(
     """`x` above `threshold`, `value` elsewhere; NaN stays NaN. Raises as `learned_relu` does, `ValueError` for a
     negative `width`."""
     check_input(x)
-    if not isinstance(value, Tensor): value = torch.tensor(value, dtype=x.dtype, device=x.device)
+    if not isinstance(value, Tensor): value = torch.full((), value, dtype=x.dtype, device=x.device)
     return _replace(x, threshold, value, False, channel_dim, width, names=('threshold', 'value'))

@@ -7,6 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from learned_relu.kernels import triton as curve
+from learned_relu.kernels.cpu_batchnorm import Norm
 from learned_relu.kernels.tiles import Launch
 
 POINTERS = {torch.float32: '*fp32', torch.float64: '*fp64', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.uint8: '*u8'}
@@ -41,8 +42,9 @@ def main():
             way = norm.normed_layout(x)
             for w in params[0], None:
                 norm.normed_stats(x, way, w, w, .1)
-                norm.normed_forward(x, w, w, *params[:2], 1e-5, params, way)
-                norm.normed_backward(x, x, w, w, *params[:2], 1e-5, params, way, w is None)
+                how = Norm(w, w, *params[:2], 1e-5, params, way)
+                norm.normed_forward(x, how)
+                norm.normed_backward(x, x, how, w is None)
     print('all')
 
 

@@ -1,6 +1,7 @@
 "What may reach the curve that is no ordinary memory, run in a process of its own, since a mistake ends it: prints a line a case."
 import faulthandler
 import sys
+import tempfile
 import warnings
 
 import torch
@@ -11,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from learned_relu.batchnorm import bn_learned_relu
 from learned_relu.functional import learned_relu, learned_relu_gradients
 from learned_relu.kernels.dispatch import impl
+from learned_relu.layers import LearnedRelu
 from learned_relu.reference import learned_relu_reference
 from learned_relu.surrogate import leaky_grad_relu, learned_clip, learned_threshold, symmetric_clip
 
@@ -194,7 +196,34 @@ def under_autocast():
     print('ok autocast', flush=True)
 
 
+def distributed():
+    "Parameters of a layer that was distributed, beside an input that was and one that was not"
+    try:
+        from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+    except ImportError: return print('ok distributed: this PyTorch has it under another name', flush=True)
+    v = values()
+    want = curve(learned_relu_reference, *(v[o].clone() for o in CURVE))
+    with tempfile.TemporaryDirectory() as d:
+        torch.distributed.init_process_group('gloo', init_method=f'file://{d}/store', rank=0, world_size=1)
+        mesh = torch.distributed.init_device_mesh('cpu', (1,))
+        for form in None, 'eager':
+            with impl(form):
+                m = distribute_module(LearnedRelu(3, **{k: v[k] for k in ('leak', 'sub', 'maxv')}), mesh)
+                assert isinstance(m.leak, DTensor)
+                try: m(v['x'].clone())
+                except RuntimeError as e: assert 'mixed torch.Tensor and DTensor' in str(e), e
+                else: raise AssertionError('distributed parameters and a plain input: computed')
+                for place in Replicate(), Shard(0), Shard(1):
+                    x, g = (distribute_tensor(v[o].clone(), mesh, [place]).requires_grad_(o == 'x') for o in ('x', 'g'))
+                    y = m(x)
+                    got = y, *torch.autograd.grad(y, [x, m.leak, m.sub, m.maxv], g)
+                    for a, b in zip(got, want, strict=True): alike(a.full_tensor(), b)
+                    print('ok distributed', form, place, flush=True)
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == '__main__':
-    for f in (every_kind_in_every_role, zeros_that_nobody_wrote, fakes, freed, kept_elsewhere, many_at_once, other_functions, under_autocast): f()
+    for f in (every_kind_in_every_role, zeros_that_nobody_wrote, fakes, freed, kept_elsewhere, many_at_once, other_functions, under_autocast,
+              distributed): f()
     print('all', flush=True)
     sys.exit(0)

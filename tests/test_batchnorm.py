@@ -306,6 +306,7 @@ def test_saved_and_loaded_whole():
     m.double(); assert m(x.double()).dtype == torch.float64
 
 
+@pytest.mark.skipif(torch.__version__ < '2.5', reason='the dynamo of PyTorch 2.4 sets no attribute of a module within a graph')
 def test_compiled_without_a_graph_break():
     m = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), LearnedRelu(4))
     fuse_batchnorms(m)

@@ -314,3 +314,16 @@ def test_one_pool_of_threads():
             'libs = {o for o in open("/proc/self/maps").read().split() if "gomp" in o or "iomp" in o or "libomp" in o}\n'
             'assert len(libs) <= 1, libs')
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('slope', ['usual', 'some', 'zero'])
+def test_a_plan_stays_as_it_was_made(slope):
+    x, *ps = (o.detach() for o in inputs((2, 5, 3, 3), 1, 5, slope))
+    plan = cpu.plan(x, tuple(ps), 1, 5)
+    kept, how = cpu.keep(x, plan, True)
+    made = bytes(how.call)
+    y, signs = cpu.forward(x, how, kept is not x)
+    if kept is x: y = signs = None
+    first = cpu.backward(torch.ones_like(x), y, signs, kept, how)
+    assert bytes(how.call) == made  # two threads may go back through one graph
+    assert all(map(torch.equal, first, cpu.backward(torch.ones_like(x), y, signs, kept, how)))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from common import make, quiet
 from fastai.callback.core import Callback, CancelFitException
-from fastai.data.core import DataLoaders, TfmdDL
-from fastai.learner import Learner
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.learner import Learner, load_learner
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -52,6 +52,79 @@ def test_parameters_put_in_after_a_fit_learn_without_any_callback():
     with quiet(learn): learn.fit(1)
     moved = {o.kind for o, v in zip(act_params(learn.model), start, strict=True) if (o.param != v).any()}
     assert moved == {'leak', 'sub', 'maxv'}  # maxv through weight decay, which nothing takes away here
+
+
+def _image(i): return torch.randn(3, 32, 32)
+def _label(i): return i % 2
+
+
+def vision():
+    "A vision learner on random images, with a body that shares its ReLUs."
+    from fastai.vision.all import DataLoaders as Loaders, vision_learner
+    from torchvision.models import resnet18
+    images = Datasets(list(range(8)), [[_image], [_label]])
+    return vision_learner(Loaders.from_dsets(images, images, bs=4, num_workers=0), resnet18, n_out=2, pretrained=False,
+                          normalize=False, loss_func=nn.CrossEntropyLoss())
+
+
+def test_a_split_learner_is_exported_loaded_frozen_and_split_by_fastai(tmp_path):
+    learn = vision().to_learned_relu()
+    assert learn.relu_report.learning == learn.relu_report.calls == 18
+    with quiet(learn): learn.fit_one_cycle(1, 1e-2)
+    groups = [{id(p) for p in ps} for ps in learn.opt.param_lists]
+    assert all(sum(id(o.param) in g for g in groups) == 1 for o in act_params(learn.model)), 'each in one group of the splitter'
+    learn.freeze()  # a frozen body gives the features that it gave
+    assert {o.param.requires_grad for o in act_params(learn.model[0])} == {False}
+    assert {o.param.requires_grad for o in act_params(learn.model[1])} == {True}
+    learn.unfreeze()
+    assert all(o.param.requires_grad for o in act_params(learn.model))
+    x = torch.randn(2, 3, 32, 32)
+    y = learn.model.eval()(x)
+    learn.path = tmp_path
+    learn.save('split'); learn.export('split.pkl')
+    loaded = load_learner(tmp_path/'split.pkl')
+    assert torch.equal(loaded.model.eval()(x), y) and loaded.model[0][4][0].relu[1] is not learn.model[0][4][0].relu[1]
+    other = vision().to_learned_relu()
+    other.path = tmp_path
+    other.load('split', with_opt=False)
+    assert torch.equal(other.model.eval()(x), y)
+    assert torch.equal(loaded.to_relu().model.eval()(x), learn.to_relu().model.eval()(x))
+
+
+def test_a_learner_of_which_little_or_nothing_learns_says_so():
+    class Other(nn.Module):
+        def __init__(self, relu): super().__init__(); self.fc, self.act, self.relu = nn.Linear(1, 1), nn.GELU(), nn.ReLU() if relu else None
+        def forward(self, x):
+            x = self.act(self.act(self.fc(x)))
+            return self.relu(x) if self.relu else (lambda o: torch.relu(o))(x)
+    learn = plain()
+    learn.model = Other(True)
+    with pytest.warns(UserWarning, match=r'1 of 3 activation calls \(33%\) are curves now; 2 of gelu\(\) are not'): learn.to_learned_relu()
+    learn = plain()
+    learn.model = Other(False)
+    with pytest.raises(ValueError, match='No activation would learn'): learn.to_learned_relu()
+    assert not learn.model._forward_hooks and not hasattr(learn, 'relu_report')
+
+
+def test_a_trained_learner_starts_where_it_stood_within_the_bounds():
+    learn = plain()
+    learn.model = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
+    x = torch.randn(8, 1)
+    learn.model(x)
+    y = learn.model.eval()(x)
+    learn.to_learned_relu()
+    act = learn.model[2]
+    assert 'has been trained' in learn.relu_report.notes[0] and torch.equal(learn.model(x), y)
+    assert act.maxv.tolist() == [100.]*4 and act.maxv_avg.tolist() == [100.]*4 and act.leak.tolist() == [0.]*4
+    learn.to_relu().to_learned_relu(init={})
+    assert learn.model[2].leak.tolist() == pytest.approx([.05]*4)
+    with pytest.raises(ValueError, match='leak starts at 0.9'): learn.to_relu().to_learned_relu(init=dict(leak=.9))
+
+
+def test_one_callback_needs_no_list():
+    from learned_relu.all import EMAActParams
+    learn = plain().to_learned_relu(cbs=EMAActParams())
+    assert [type(o) for o in learn.cbs][-1] is EMAActParams
 
 
 def test_there_and_back():

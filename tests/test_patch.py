@@ -4,7 +4,7 @@ import torch
 from fastai.vision.models.xresnet import xresnet18, xresnet34
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models import googlenet, resnet18, resnet50
+from torchvision.models import resnet18, resnet50
 
 from learned_relu.all import (
     GeneralRelu,
@@ -48,27 +48,22 @@ def test_no_trace_is_left():
     assert not any(m.training for m in act_layers(model).values())
 
 
-def test_several_counts_are_left_alone_and_one_count_is_tied():
-    report = patch_relus(resnet50())
+def test_tied_calls_need_one_count():
+    report = patch_relus(resnet50(), shared='tie')
     assert len(report) == 1 and len(report.left_alone) == 16
     assert all('channels: left alone' in o.note and o.calls == 3 for o in report.left_alone)
-    report = patch_relus(resnet18())
+    report = patch_relus(resnet18(), shared='tie')
     assert len(report) == 9 and sum('tied' in o.note for o in report.rows) == 8
 
 
-def test_functions_are_counted():
-    with pytest.raises(ValueError, match='nothing to patch'): patch_relus(googlenet(weights=None, init_weights=False, aux_logits=False))
-    class Net(nn.Module):
-        def __init__(self): super().__init__(); self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
-        def forward(self, x): return self.act(self.conv(x)).relu()
-    assert '1 ReLU(s) are called as functions' in repr(patch_relus(Net()))
-
-
-def test_one_module_in_two_places_stays_one_module():
+def test_one_module_in_two_places_stays_one_module_if_tied_and_becomes_two_if_not():
     act = nn.ReLU()
     model = nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 4), act)
-    report = patch_relus(model)
+    report = patch_relus(model, shared='tie')
     assert model[1] is model[3] and len(report) == 1 and 'stands in 2 places' in report.rows[0].note
+    unpatch_relus(model)
+    assert model[1] is act and model[3] is act
+    assert [o.name for o in patch_relus(model).rows] == ['1', '3'] and model[1] is not model[3]
     unpatch_relus(model)
     assert model[1] is act and model[3] is act
 
@@ -104,7 +99,15 @@ def test_other_layers_and_dtypes():
     (lambda: patch_relus(nn.ReLU()), 'put it into an nn.Sequential'),
     (lambda: patch_relus(nn.Sequential(nn.Embedding(5, 3), nn.ReLU())), 'pass sample='),
     (lambda: patch_relus(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), sample=torch.zeros(2, 5)), 'could not be run'),
-    (lambda: patch_relus(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), sample=torch.zeros(2, 6, 4)), 'pass channel_dim='),
+    (lambda: patch_relus(nn.Sequential(nn.Softmax(-1), nn.ReLU()), sample=torch.zeros(2, 6, 4)), 'pass channel_dim='),
+    (lambda: patch_relus(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), shared='some'), "shared is 'some'"),
+    (lambda: patch_relus(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), init='random'), "init is 'random'"),
+    (lambda: patch_relus(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), init='same', layer=LearnedClip), 'LearnedClip is none'),
+    (lambda: patch_relus(nn.Sequential(nn.Linear(4, 3), nn.GELU()), init='same', replace=nn.GELU), 'none of the ReLU family'),
+    (lambda: patch_relus(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), exclude='acts*'), "exclude='acts\\*' matches none"),
+    (lambda: patch_relus(nn.Sequential(nn.Linear(4, 3), LearnedRelu(3))), 'patched already'),
+    (lambda: patch_relus(torch.compile(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))), 'compiled'),
+    (lambda: patch_relus(resnet18(), shared='error'), "is called 2 times"),
     (lambda: learned_xresnet('vgg'), "arch is 'vgg'")])
 def test_bad_input_is_named(bad, words):
     with pytest.raises(ValueError, match=words): bad()

@@ -11,8 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from learned_relu.bench.arms import Arm, arms
 from learned_relu.bench.commands.compare import learned_relu_compare
-from learned_relu.bench.commands.options import planned
-from learned_relu.bench.recipe import Recipe, _later, read_recipe
+from learned_relu.bench.recipe import Recipe, _later, planned, read_recipe
 from learned_relu.bench.record import read_record
 from learned_relu.bench.run import arm_model
 

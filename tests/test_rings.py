@@ -10,9 +10,9 @@ import pytest
 import learned_relu
 
 ROOT = Path(learned_relu.__file__).parent
-TORCH = ('_files _torch reference kernels.layout kernels.build kernels.eager kernels.cpu kernels.cpu_batchnorm kernels.dispatch '
-         'functional surrogate act_layer layers batchnorm '
-         'params trace patch plot history caps').split()
+TORCH = ('_files _torch reference kernels.layout kernels.build kernels.eager kernels.cpu kernels.cpu_batchnorm '
+         'kernels.dispatch functional surrogate averages act_layer layers batchnorm '
+         'params flow sites rewrite trace calls family plan swap patch_report patch plot history caps').split()
 TRITON = 'kernels.tiles kernels.triton kernels.triton_norm kernels.triton_batchnorm'.split()
 TORCH += TRITON
 ABSENT = () if find_spec('triton') else TRITON  # Triton comes with PyTorch on Linux

@@ -255,6 +255,12 @@ def test_a_module_has_its_page_with_its_names_and_their_source(site):
         assert not told or f'/blob/main/learned_relu/{name.replace(".", "/")}.py#L' in page and '>Details</' in page, name
 
 
+@pytest.mark.parametrize('name', ['cpu', 'triton', 'eager'])  # which have functions of one name
+def test_source_links_lead_to_the_module_of_their_page(site, name):
+    page = (site/f'api/kernels.{name}.html').read_text()
+    assert set(re.findall(r'/blob/main/([\w/]+)\.py#L\d+"', page)) == {f'learned_relu/kernels/{name}'}
+
+
 def test_llms_txt_names_every_page(site):
     named = {o.removeprefix(get_config().doc_url.rstrip('/')).lstrip('/') for o in re.findall(r'\]\(([^)]+)\)', (site/'llms.txt').read_text())}
     assert [o for o in SOURCES if o.with_name(html(o)).as_posix().replace('.html', '.llms.md') not in named] == []

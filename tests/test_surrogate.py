@@ -203,20 +203,32 @@ def test_compiled_without_a_graph_break(f):
     assert torch.equal(y, c); assert_close(grad(y.sum(), x), grad(c.sum(), x))
 
 
-@pytest.mark.parametrize('f', [FUNCTIONS[k] for k in ('leaky', 'leaky per channel')])
-def test_what_is_not_transformable_says_what_is(f):
-    x = torch.randn(4, 3)
-    for refused in (lambda: torch.func.grad(lambda o: f(o).sum())(x), lambda: torch.func.vmap(f)(x), lambda: torch.func.jvp(f, (x,), (x,))):
-        with pytest.raises(NotImplementedError, match=r'use surrogate_gradient\(x.relu\(\), F.leaky_relu'): refused()
-
-
-@pytest.mark.parametrize('f', [FUNCTIONS[k] for k in ('surrogate', 'clip', 'threshold', 'symmetric')])
-def test_reverse_mode_transforms_work_and_forward_mode_is_refused(f):
+@each_function
+def test_reverse_mode_transforms_give_what_autograd_gives(f):
     x = torch.randn(4, 3, requires_grad=True)
     want, = grad(f(x).sum(), x)
     each = torch.func.vmap(torch.func.grad(lambda o: f(o).sum()))(x)
     assert torch.equal(torch.func.grad(lambda o: f(o).sum())(x), want) and torch.equal(each, want)
-    with pytest.raises(NotImplementedError, match='use reverse mode'): torch.func.jvp(f, (x,), (x,))
+
+
+EDGES = {'clip': lambda x, a, b: learned_clip(x, a, b, width=.5, channel_dim=-1), 'tied': lambda x, a, b: learned_clip(x, a, low=-b, width=.5),
+         'threshold': lambda x, a, b: learned_threshold(x, a, b, width=.7, channel_dim=-1), 'symmetric': lambda x, a, b: symmetric_clip(x, a) + b,
+         'leaky': lambda x, a, b: leaky_grad_relu(x, .2) + a*b,
+         'surrogate': lambda x, a, b: surrogate_gradient(x.round(), x.clamp(-1, 1)*a) + b,
+         'leaky per channel': lambda x, a, b: leaky_grad_relu(x, tensor([.1, .2, .3], dtype=x.dtype), channel_dim=-1) + a*b}
+
+
+@pytest.mark.parametrize('f', EDGES.values(), ids=EDGES)
+def test_forward_mode_is_reverse_mode_transposed(f):
+    args = [torch.randn(40, 3, dtype=torch.float64), *(torch.rand(2, dtype=torch.float64) + .2)]
+    args[0][1] = tensor([inf, -inf, 0.])
+    tangents = [torch.randn_like(o) for o in args]
+    value, tangent = torch.func.jvp(f, tuple(args), tuple(tangents))
+    y = f(*[o.requires_grad_() for o in args])
+    g = torch.randn_like(y)
+    assert torch.equal(value, y)
+    back = grad(y, args, g)
+    assert_close((g*tangent).sum(), sum((b*t).sum() for b, t in zip(back, tangents, strict=True)))
 
 
 @pytest.mark.parametrize('bad,error,words', [

@@ -12,6 +12,7 @@ import warnings
 
 import torch
 
+from .._torch import copy_each
 from ..act_layer import ActLayer, check_bounds
 from .core import ActCallback, act_order
 from ..params import act_params
@@ -64,7 +65,7 @@ class ClampActParams(ActCallback):
         if state['counts'] is not None: self._counts = state['counts'].to(self._counts.device if self._counts is not None else 'cpu', copy=True)
 
     def _flat(self, ts): return torch.cat([t.detach().flatten() for t in ts])
-    def _back(self, ts, flat): torch._foreach_copy_(ts, list(flat.split([t.numel() for t in ts])))
+    def _back(self, ts, flat): copy_each(ts, list(flat.split([t.numel() for t in ts])))
 
     def _averages(self):
         return torch.cat([torch.where(o.layer.num_averaged > 0, getattr(o.layer, f'{o.kind}_avg'), g)

@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from .. import history
+from .._torch import inside_compiled
 from .core import ActCallback, act_order
 from ..params import act_params
 from ..plot import curves_of
@@ -88,7 +89,7 @@ class ActTelemetry(ActCallback):
 
 # %% ../../nbs/api/24_callback.telemetry.ipynb #6a5a5cbe
 def _check_visible(model):
-    if any(hasattr(m, '_orig_mod') for m in model.modules()):
+    if any(inside_compiled(m) is not None for m in model.modules()):
         raise ValueError('torch.compile(model) hides what flows through the model: '
                          'compile in place, with learn.model.compile(), or pass activations=False')
 

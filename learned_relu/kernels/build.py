@@ -113,7 +113,7 @@ def supported(
     name:str='forward', # of a kernel
 ) -> bool: # False also where nothing could be compiled
     "Whether there is a kernel of this name for this dtype."
-    return dtype in _names and kernels() is not None and name in kernels().of[dtype]
+    return dtype in _names and (lib := kernels()) is not None and name in lib.of[dtype]
 
 def run(
     name:str, # of a kernel

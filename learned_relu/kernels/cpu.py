@@ -27,6 +27,7 @@ class CpuPlan(NamedTuple):
     values:tuple # leak, sub and maxv, each `(num,)`
     params:tuple # leak, sub and maxv as they were given, which gradients go back to
     strides:tuple # of the input
+    call:Call # argument of the kernels, as far as it is known
     slot:Tensor=None # where to find each channel in what is kept; None where that is nothing or everything
 
 def plan(
@@ -38,7 +39,11 @@ def plan(
     "How to go through `x`."
     if not x.is_cpu or x.numel() == 0 or not supported(x.dtype): return None
     lay = layout_for(x, channel_dim, num, SHORT)
-    return lay and CpuPlan(lay, channel_dim, values_of(params, num, x.dtype), params, x.stride())
+    if lay is None: return None
+    leak,sub,maxv = values = values_of(params, num, x.dtype)
+    call = Call(leak=pointer(leak), sub=pointer(sub), maxv=pointer(maxv), numel=x.numel(), channels=lay.channels,
+                inner=lay.inner, repeat=lay.repeat)
+    return CpuPlan(lay, channel_dim, values, params, x.stride(), call)
 
 # %% ../../nbs/api/00_kernels.cpu.ipynb #e00ca09f
 def needs_input(
@@ -70,9 +75,8 @@ def keep(
     need:bool, # whether `leak` gets a gradient; without one nothing has to be kept
 ) -> tuple: # None, `x` itself, or `(outer, kept channels, inner)`; the plan, which knows where each channel is
     "The part of `x` that the output does not tell, differentiable."
-    which = needs_input(plan.values, x.dtype) if need else None
-    if which is None: return None, plan
-    columns,slot = kept_columns(which, plan.lay)
+    if not need or not run('lost', x.dtype, plan.call): return None, plan
+    columns,slot = kept_columns(needs_input(plan.values, x.dtype), plan.lay)
     if columns.all(): return x, plan
     part = in_memory_order(x, plan.channel_dim, plan.lay).index_select(1, columns.nonzero()[:,0])
     return part, plan._replace(slot=slot)
@@ -80,7 +84,8 @@ def keep(
 # %% ../../nbs/api/00_kernels.cpu.ipynb #8869fea0
 def _as_they_were(y, bits, kept, plan): # where somebody stored them elsewhere meanwhile (`save_on_cpu`)
     if y is None: return y, bits, with_strides(kept, plan.strides)
-    return with_strides(y, plan.strides), bits.contiguous(), kept if kept is None else kept.contiguous()
+    if not bits.is_contiguous(): bits = bits.contiguous()
+    return with_strides(y, plan.strides), bits, kept if kept is None else kept.contiguous()
 
 def forward(
     x:Tensor, # input
@@ -88,13 +93,12 @@ def forward(
     signs:bool=False, # also say where `x` was positive
 ) -> tuple: # output, like `x`; signs as bits (uint8), or None
     "The curve."
-    y,bits,lay = torch.empty_like(x),None,plan.lay
+    y,bits,lay,call = torch.empty_like(x),None,plan.lay,Call.from_buffer_copy(plan.call)
     if signs:
         groups = (lay.channels, -(-lay.inner//8)) if lay.inner > 1 else (-(-lay.channels//8),)
-        bits = torch.empty((lay.outer, *groups), dtype=torch.uint8, device=x.device)
-    leak,sub,maxv = plan.values
-    call = Call(x=pointer(x), y=y.data_ptr(), signs=pointer(bits), leak=pointer(leak), sub=pointer(sub),
-                maxv=pointer(maxv), numel=x.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat)
+        bits = x.new_empty(lay.outer, *groups, dtype=torch.uint8)
+        call.signs = bits.data_ptr()
+    call.x,call.y = pointer(x),y.data_ptr()
     run('forward', x.dtype, call)
     return y, bits
 
@@ -109,13 +113,14 @@ def backward(
     "All four gradients."
     y,bits,kept = _as_they_were(y, bits, kept, plan)
     like,lay = kept if y is None else y,plan.lay
-    if g.stride() != like.stride() or g.dtype != like.dtype: g = torch.empty_like(like).copy_(g)
+    if g.stride() != plan.strides or g.dtype is not like.dtype: g = torch.empty_like(like).copy_(g)
     leak,sub,maxv = plan.values
-    dx = torch.empty_like(like)
-    grads = dleak,dsub,dmaxv = [o.new_empty(o.shape) for o in plan.values] # contiguous, whatever their strides
-    call = Call(g=pointer(g), y=pointer(y), signs=pointer(bits), dx=dx.data_ptr(), leak=pointer(leak), sub=pointer(sub),
-                maxv=pointer(maxv), dleak=dleak.data_ptr(), dsub=dsub.data_ptr(), dmaxv=dmaxv.data_ptr(),
-                numel=like.numel(), channels=lay.channels, inner=lay.inner, repeat=lay.repeat)
+    num = len(leak)
+    dx,*grads = torch.empty_like(like),leak.new_empty(num),leak.new_empty(num),leak.new_empty(num)
+    call = Call.from_buffer_copy(plan.call)
+    call.g,call.y,call.signs,call.dx = pointer(g),pointer(y),pointer(bits),dx.data_ptr()
+    call.leak,call.sub,call.maxv = pointer(leak),pointer(sub),pointer(maxv)
+    call.dleak,call.dsub,call.dmaxv = [o.data_ptr() for o in grads]
     if kept is not None:
         call.kept,call.slot = pointer(kept),pointer(plan.slot)
         call.width = lay.channels if y is None else kept.shape[1]

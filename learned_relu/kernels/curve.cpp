@@ -317,7 +317,7 @@ template<class S> I backward(const Call& a) {
 template<class S> I lost(const Call& a) {
   const double eps = sizeof(S) == sizeof(C<S>) ? std::numeric_limits<C<S>>::epsilon() : 1./128;
   I n = 0;
-  for (I i = 0; i < a.channels; i++) {
+  for (I i = 0; i < a.channels/most(a.repeat, 1); i++) {
     double l = ((const C<S>*)a.leak)[i], s = ((const C<S>*)a.sub)[i];
     bool one = !(l >= 1./1024 && l >= (s < 0 ? -s : s)*eps*1024);
     if (a.signs) ((bool*)a.signs)[i] = one;

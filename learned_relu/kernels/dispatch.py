@@ -110,8 +110,6 @@ class _How(NamedTuple):
     channel_dim:int
     whole:bool # the whole input is kept
 
-def _needed(grads, need): return (o if n else None for o,n in zip(grads, need))
-
 class _Curve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, leak, sub, maxv, part, how):
@@ -127,7 +125,8 @@ class _Curve(torch.autograd.Function):
         memory = None if torch.is_grad_enabled() else in_memory(g, y, signs, kept)
         if memory: grads = how.backend.backward(*memory, how.plan, need)
         else: grads = _differentiable(how, g, params, y, signs, kept)
-        return *_needed(grads, need), None, None
+        if not all(need[:4]): grads = (o if n else None for o,n in zip(grads, need))
+        return *grads, None, None
 
 def _differentiable(how, g, params, y, signs, kept):
     like = kept if how.whole else y

@@ -64,8 +64,9 @@ def values_of(
 ) -> tuple: # leak, sub and maxv, each `(num,)`, in float32, for float64 in float64; `params` itself where it is that
     "Parameters as the kernels read them, without a graph."
     wide = torch.float64 if dtype is torch.float64 else torch.float32
+    shape = (num,)
     for p in params:
-        if p.dtype is not wide or p.ndim != 1 or len(p) != num or not p.is_contiguous(): break
+        if p.dtype is not wide or p.shape != shape or not p.is_contiguous(): break
     else: return params
     def ready(p):
         p = p.detach().reshape(-1).expand(num)

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .cpu_batchnorm import Norm
 from .tiles import Launch, Way, way_for
 from .triton import DTYPES, works
 from .triton_norm import moments, norm_backward, norm_forward, norm_sums, together
@@ -59,40 +60,31 @@ def normed_stats(
 
 def normed_forward(
     x:Tensor, # input of the BatchNorm
-    weight:Tensor, # `(channels,)`; None for 1
-    bias:Tensor, # `(channels,)`; None for 0
-    mean:Tensor, # `(channels,)`
-    var:Tensor, # `(channels,)`
-    eps:float, # added to the variance
-    values:tuple, # leak, sub and maxv, each `(channels,)`
-    way:Way, # for `x`, as `normed_layout` returned it
+    norm:Norm, # what is done to it; `lay` is the `Way`
 ) -> Tensor: # like `x`
     "The curve of the normalised input."
-    y = torch.empty_like(x)
-    launch = way.launch(norm_forward, False, LOWEST=way.lowest, WEIGHT=weight is not None, BIAS=bias is not None)
-    launch(x, y, mean, var, *_given(weight, bias, mean), *values, live=_in_two(eps))
+    y,way = torch.empty_like(x),norm.lay
+    kinds,given = _given(norm)
+    way.launch(norm_forward, False, LOWEST=way.lowest, **kinds)(x, y, *given, live=_in_two(norm.eps))
     return y
 
-def _given(weight, bias, mean): return mean if weight is None else weight, mean if bias is None else bias
+def _given(norm): # which of weight and bias there are; what each kernel is handed, a mean where there is none
+    weight,bias,mean,var,_,values,_ = norm
+    kinds = dict(WEIGHT=weight is not None, BIAS=bias is not None)
+    return kinds, (mean, var, mean if weight is None else weight, mean if bias is None else bias, *values)
 
 def normed_backward(
     g:Tensor, # gradient of the output
     x:Tensor, # input of the BatchNorm
-    weight:Tensor, # `(channels,)`; None for 1
-    bias:Tensor, # `(channels,)`; None for 0
-    mean:Tensor, # `(channels,)`
-    var:Tensor, # `(channels,)`
-    eps:float, # added to the variance
-    values:tuple, # leak, sub and maxv, each `(channels,)`
-    way:Way, # for `x`, as `normed_layout` returned it
+    norm:Norm, # what was done to it; `lay` is the `Way`
     training:bool, # mean and variance are those of `x`
 ) -> tuple: # gradients of the input, weight, bias, leak, sub and maxv
     "All six gradients."
     if g.stride() != x.stride() or g.dtype != x.dtype: g = torch.empty_like(x).copy_(g)
+    weight,bias,way = norm.weight,norm.bias,norm.lay
     channels = way.lay.channels
-    dx,parts = torch.empty_like(x),values[0].new_empty(way.chunks, 5, channels)
-    kinds = dict(WEIGHT=weight is not None, BIAS=bias is not None)
-    given,live = (mean, var, *_given(weight, bias, mean), *values),_in_two(eps)
+    dx,parts = torch.empty_like(x),norm.values[0].new_empty(way.chunks, 5, channels)
+    (kinds,given),live = _given(norm),_in_two(norm.eps)
     way.launch(norm_sums, True, LOWEST=way.lowest, **kinds)(g, x, parts, *given, live=live)
     sums = parts.sum(0)
     launch = way.launch(norm_backward, False, x.numel()//channels, LOWEST=way.lowest, TRAINING=training, **kinds)

@@ -11,7 +11,8 @@ __all__ = ['learned_relu_compare']
 from fastcore.script import call_parse
 
 from ..arms import Arm
-from .options import one_line_errors, out_dir, planned, recipe_options, run_arms
+from .options import one_line_errors, out_dir, recipe_options, run_arms
+from ..recipe import planned
 
 # %% ../../../nbs/api/37_bench.commands.compare.ipynb #9a8a58ca
 @call_parse

@@ -12,7 +12,8 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 
 from ..arms import Arm
-from .options import one_line_errors, out_dir, planned, recipe_options, run_arms
+from .options import one_line_errors, out_dir, recipe_options, run_arms
+from ..recipe import planned
 from ..run import arm_model
 
 # %% ../../../nbs/api/37_bench.commands.train.ipynb #0e2dce76

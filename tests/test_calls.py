@@ -1,0 +1,364 @@
+"Every call its own curve, in models that others wrote, and whatever happens to the model afterwards."
+import copy
+import io
+import pickle
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.vision.all import create_unet_model, create_vision_model
+from fastai.collab import EmbeddingNN
+from fastai.tabular.model import TabularModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision import models as tv
+from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn
+from torchvision.models.optical_flow import raft_small
+
+from learned_relu.act_layer import ActLayer
+from learned_relu.layers import LearnedRelu
+from learned_relu.params import act_layers, act_params
+from learned_relu.patch import patch_relus, unpatch_relus
+from learned_relu.rewrite import is_edited
+
+
+def images(size=64, n=2): return (torch.randn(n, 3, size, size),)
+def tv_model(name, **kwargs): return lambda: getattr(tv, name)(weights=None, **kwargs)
+def detector(f): return lambda: f(weights=None, weights_backbone=None, min_size=64, max_size=64)
+
+
+MODELS = {  # name: how it is built, its inputs, the ReLU calls of one run
+    'resnet18': (tv_model('resnet18'), images, 17), 'resnet50': (tv_model('resnet50'), images, 49),
+    'googlenet': (tv_model('googlenet', init_weights=False), lambda: images(96), 57),
+    'densenet121': (tv_model('densenet121'), images, 121), 'vgg11_bn': (tv_model('vgg11_bn'), images, 10),
+    'mobilenet_v3_small': (tv_model('mobilenet_v3_small'), images, 14),
+    'shufflenet': (tv_model('shufflenet_v2_x0_5'), images, 37), 'squeezenet': (tv_model('squeezenet1_1'), images, 26),
+    'quantizable resnet18': (lambda: tv.quantization.resnet18(weights=None, quantize=False), images, 17),
+    'retinanet': (detector(retinanet_resnet50_fpn), lambda: ([torch.rand(3, 64, 64)],), 90),
+    'fcos': (detector(fcos_resnet50_fpn), lambda: ([torch.rand(3, 64, 64)],), 95),
+    'raft': (lambda: raft_small(weights=None), lambda: images(128, 1)*2, 111),
+    'unet resnet18': (lambda: create_unet_model(tv.resnet18, 5, (64, 64), pretrained=False), images, 39),
+    'vision_learner resnet50': (lambda: create_vision_model(tv.resnet50, 10, pretrained=False), images, 50),
+    'tabular': (lambda: TabularModel([(10, 4), (7, 3)], 5, 2, [200, 100], ps=.1),
+                lambda: (torch.randint(0, 7, (8, 2)), torch.randn(8, 5)), 2),
+    'collab': (lambda: EmbeddingNN([(10, 4), (7, 3)], [50, 20]), lambda: (torch.randint(0, 7, (8, 2)),), 2),
+    'transformer': (lambda: nn.Transformer(32, 4, 2, 2, 64, batch_first=True),
+                    lambda: (torch.randn(2, 7, 32), torch.randn(2, 5, 32)), 4),
+    'encoder layer': (lambda: nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, activation=nn.ReLU()),
+                      lambda: (torch.randn(2, 7, 32),), 1)}
+
+
+def tensors(o):
+    if isinstance(o, torch.Tensor): return [o]
+    if isinstance(o, dict): return [t for v in o.values() for t in tensors(v)]
+    return [t for v in o for t in tensors(v)] if isinstance(o, (list, tuple)) else []
+
+
+def outputs(model, sample, grad=False):
+    with torch.set_grad_enabled(grad), torch.random.fork_rng(): torch.manual_seed(1); return tensors(model.eval()(*sample))
+
+
+def same(a, b): return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def curves_called(model, sample):
+    called = []
+    hooks = [m.register_forward_hook(lambda m, a, o: called.append(m)) for m in act_layers(model).values()]
+    outputs(model, sample)
+    for h in hooks: h.remove()
+    return called
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_call_is_a_curve_of_its_own_and_all_of_it_can_be_undone(name):
+    build, inputs, calls = MODELS[name]
+    torch.manual_seed(0)
+    model, sample, other = build(), inputs(), inputs()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(0, .1)
+    before = [outputs(model, o) for o in (sample, other)]
+    keys, places = list(model.state_dict()), {n: m for n, m in model.named_modules(remove_duplicate=False)}
+    classes, values = {m: type(m) for m in model.modules()}, {k: v.clone() for k, v in model.state_dict().items()}
+    report = patch_relus(model, sample, init='same')
+    assert report.learning == calls and [o.calls for o in report.replaced] == [1]*calls, report.summary()
+    called = curves_called(model, sample)
+    assert len(called) == len(set(called)) == calls
+    assert all(same(b, outputs(model, o)) for b, o in zip(before, (sample, other)))
+    if name not in ('raft', 'retinanet', 'fcos'):  # these train with targets, or do the same at length
+        with_grad, without = outputs(model, sample, grad=True), outputs(model, sample)
+        for a, b in zip(with_grad, without): torch.testing.assert_close(a, b)
+        sum(t.pow(2).mean() for t in tensors(model.train()(*sample))).backward()
+        assert [o.name for o in act_params(model) if o.param.grad is None or not o.param.grad.isfinite().all()] == []
+    unpatch_relus(model)
+    assert list(model.state_dict()) == keys and {m: type(m) for m in model.modules()} == classes
+    assert {n: id(m) for n, m in model.named_modules(remove_duplicate=False)} == {n: id(m) for n, m in places.items()}
+    model.load_state_dict(values)
+    assert same(before[0], outputs(model, sample))
+
+
+class Loop(nn.Module):
+    def __init__(self, turns=3):
+        super().__init__()
+        self.layers, self.turns = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), turns
+    def forward(self, x):
+        for i in range(self.turns): x = F.relu(self.layers[i % 3](x))
+        return x
+
+
+class Shared(nn.Module):
+    "A head that is called with each level of a pyramid, and an activation called twice."
+    def __init__(self):
+        super().__init__()
+        self.head, self.act = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.ReLU()
+        self.narrow, self.wide = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1)
+    def forward(self, x):
+        levels = [self.head(F.avg_pool2d(x, k)) for k in (1, 2, 4)]
+        y = self.act(self.narrow(sum(F.interpolate(o, x.shape[-2:]) for o in levels)))
+        return self.act(self.wide(y))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self): super().__init__(); self.body = Shared()
+    def forward(self, x): return checkpoint(self.body, x, use_reentrant=False)
+
+
+def patched(model, sample, **kwargs):
+    torch.manual_seed(0)
+    patch_relus(model, sample, **kwargs)
+    with torch.no_grad():
+        for i, o in enumerate(act_params(model)): o.param.add_(.01*i)
+    return model
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_turns_and_calls_have_their_own_values_and_nothing_brings_them_out_of_step():
+    model = patched(Shared(), X)
+    assert [n for n in act_layers(model)] == ['head.1.0', 'head.1.1', 'head.1.2', 'act.0', 'act.1']
+    y = model(X)
+    def broken(m, args): raise KeyboardInterrupt
+    hook = model.wide.register_forward_pre_hook(broken)
+    with pytest.raises(KeyboardInterrupt): model(X)
+    hook.remove()
+    assert torch.equal(model(X), y)
+    y.sum().backward()
+    grads = {o.name + o.kind: o.param.grad.clone() for o in act_params(model)}
+    whole = Checkpointed(); whole.body = model
+    model.zero_grad(); whole(X).sum().backward()
+    assert all(torch.equal(o.param.grad, grads[o.name + o.kind]) for o in act_params(model))
+
+
+@pytest.mark.parametrize('how', ['deepcopy', 'pickle', 'compile', 'export', 'trace', 'state_dict', 'submodule'])
+def test_a_split_model_goes_wherever_a_model_goes(how):
+    model = patched(Shared(), X).eval()
+    y = model(X)
+    if how == 'deepcopy': other = copy.deepcopy(model)
+    if how == 'pickle': other = pickle.loads(pickle.dumps(model))
+    if how == 'compile': other = torch.compile(model, fullgraph=True, backend='aot_eager')
+    if how == 'export': other = torch.export.export(model, (X,)).module()
+    if how == 'trace':
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # a traced size is a tensor, which PyTorch mentions
+            other = torch.jit.trace(model, X)
+    if how == 'submodule': other = nn.Sequential(model)[:1]
+    if how == 'state_dict':
+        other = Shared(); patch_relus(other, X); other.load_state_dict(model.state_dict()); other.eval()
+    torch.testing.assert_close(other(X), y, rtol=0, atol=0)
+    if how in ('deepcopy', 'pickle'):
+        assert isinstance(other, Shared) and is_edited(other) and not set(other.parameters()) & set(model.parameters())
+        assert len(unpatch_relus(other)) == 5 and type(other) is Shared
+
+
+def test_a_model_that_was_compiled_in_place_before_computes_what_an_eager_one_does():
+    torch._dynamo.reset()
+    eager, compiled = Shared().eval(), Shared().eval()
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile(backend='eager')
+    torch.testing.assert_close(compiled(X), eager(X))
+    for m in eager, compiled: patched(m, X)
+    torch.testing.assert_close(compiled(X), eager(X))
+    for m in eager, compiled: unpatch_relus(m)
+    torch.testing.assert_close(compiled(X), eager(X))
+
+
+def test_a_model_saved_with_other_code_is_refused():
+    source = 'import torch\nclass Net(torch.nn.Module):\n    def __init__(self): super().__init__(); self.fc = torch.nn.Linear(3, 3)\n'
+    def module(body):
+        import linecache
+        text = source + f'    def forward(self, x): {body}\n'
+        name = f'<a module of {len(text)} letters>'
+        linecache.cache[name] = len(text), None, text.splitlines(True), name
+        res = types.ModuleType('net_of_test')
+        exec(compile(text, name, 'exec'), res.__dict__)
+        sys.modules['net_of_test'] = res
+        return res
+    try:
+        model = module('return torch.relu(self.fc(x))').Net()
+        patch_relus(model, torch.zeros(1, 3))
+        saved = io.BytesIO(); torch.save(model, saved); saved.seek(0)
+        module('return torch.relu(self.fc(x)) + 1')
+        with pytest.raises(RuntimeError, match='no longer what it was'): torch.load(saved, weights_only=False)
+    finally: sys.modules.pop('net_of_test', None)
+
+
+def test_loops():
+    assert len(patch_relus(Loop(3), torch.zeros(2, 4))) == 3
+    longer = patched(Loop(3), torch.zeros(2, 4))
+    longer.turns = 5
+    longer(torch.randn(2, 4)).sum().backward()
+    longer.turns = 1
+    longer(torch.randn(2, 4)).sum().backward()
+    recurrent = Loop(40); recurrent.layers = nn.ModuleList([nn.Linear(4, 4)]*3)
+    report = patch_relus(recurrent, torch.zeros(2, 4))
+    assert len(report) == 1 and 'called 40 times: one curve, tied' in report.rows[0].note
+
+
+class Siamese(nn.Module):
+    def __init__(self): super().__init__(); self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    def forward(self, x): return self.body(x) - self.body(-x)
+
+
+class Drops(nn.Module):
+    "Skips layers at random."
+    def __init__(self): super().__init__(); self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+    def forward(self, x):
+        for l in self.layers:
+            if torch.rand(()) < .5: x = F.relu(l(x))
+        return F.relu(x)
+
+
+def test_what_shares_weights_by_design_and_what_differs_from_run_to_run_shares_a_curve():
+    report = patch_relus(Siamese(), torch.zeros(2, 4))
+    assert report.rows[0].note == 'called 2 times: one curve, tied'
+    torch.manual_seed(1)
+    report = patch_relus(model := Drops(), torch.zeros(2, 4))
+    assert len(report) == 2 and 'differs from run to run' in report.rows[0].note
+    for _ in range(9): model(torch.randn(2, 4))
+
+
+class Hard(nn.Module):
+    "Calls that cannot be led elsewhere, each for a reason of its own."
+    def __init__(self):
+        super().__init__()
+        self.fc, self.act, self.last = nn.Linear(4, 4), nn.ReLU(), nn.ReLU()
+        self.listed = [nn.ReLU()]
+    @staticmethod
+    def helper(x): return F.relu(x)
+    @torch.no_grad()
+    def decorated(self, x): return self.act(x)
+    def forward(self, x):
+        return self.last(self.helper(self.listed[0](self.fc(self.act(x)))) + self.decorated(x) + (lambda o: torch.relu(o))(x))
+
+
+def test_what_stays_is_said_with_its_place():
+    report = patch_relus(Hard(), torch.randn(2, 4))
+    notes = {o.name: o.note for o in report.rows}
+    assert any('helper' in k and 'no method of a module' in v for k, v in notes.items())
+    assert any('<lambda>' in k for k in notes) and 'decorated' in notes['act'] and notes['last'] == ''
+    assert report.learning == 4 and report.calls == 6, report  # one in a list that is no submodule, too
+
+
+class Residual(nn.Module):
+    "A branch that begins in place changes what the shortcut adds."
+    def __init__(self, inplace=True): super().__init__(); self.act, self.conv, self.inplace = nn.ReLU(inplace=inplace), nn.Conv2d(3, 3, 1), inplace
+    def forward(self, x):
+        x = x.clone()
+        return self.conv(self.act(x)) + x
+
+
+class ResidualFunction(Residual):
+    def forward(self, x):
+        x = x.clone()
+        return self.conv(F.relu(x, inplace=self.inplace)) + x
+
+
+@pytest.mark.parametrize('cls', [Residual, ResidualFunction])
+@pytest.mark.parametrize('inplace', [True, False])
+def test_an_activation_in_place_stays_in_place_where_that_matters(cls, inplace):
+    model = cls(inplace)
+    y, dx = model(X), torch.autograd.functional.jacobian(lambda x: model(x).sum(), X)
+    report = patch_relus(model, X, init='same')
+    assert ('overwrites its input' in report.rows[0].note) == inplace
+    assert torch.equal(model(X), y) and torch.equal(torch.autograd.functional.jacobian(lambda x: model(x).sum(), X), dx)
+    if inplace:
+        unpatch_relus(model)
+        report = patch_relus(model, X, layer=nn.PReLU, dry_run=True)
+        assert len(report) == 0 and 'overwrites its input' in report.rows[0].note
+
+
+def test_hooks_and_attributes_go_over_and_come_back():
+    model, seen = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), []
+    model[1].tag = 'mine'
+    handle = model[1].register_forward_hook(lambda m, a, o: seen.append(type(m).__name__))
+    patch_relus(model)
+    seen.clear(); model(torch.zeros(1, 3))
+    assert seen == ['LearnedRelu'] and model[1].tag == 'mine'
+    unpatch_relus(model); model(torch.zeros(1, 3))
+    handle.remove(); model(torch.zeros(1, 3))
+    assert seen == ['LearnedRelu', 'ReLU']
+
+
+def test_a_relu_that_is_none_and_one_within_another():
+    class Scaled(nn.ReLU):
+        def forward(self, x): return 2*super().forward(x)
+    class Nested(nn.ReLU):
+        def __init__(self): super().__init__(); self.inner = nn.ReLU()
+        def forward(self, x): return self.inner(super().forward(x))
+    model = nn.Sequential(nn.Linear(3, 3), Scaled(), Nested())
+    report = patch_relus(model)
+    assert [o.new for o in report.rows] == ['', 'LearnedRelu'] and 'computes something else' in report.rows[0].note
+    model(torch.randn(2, 3)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('act,replace', [(nn.ReLU6(), nn.ReLU6), (nn.LeakyReLU(.3), nn.LeakyReLU), (nn.Hardtanh(0, 2.), nn.Hardtanh),
+                                         (nn.PReLU(4, init=.2), nn.PReLU), (nn.PReLU(init=.7), nn.PReLU)])
+def test_the_family_starts_where_it_stood(act, replace):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), act), 20*X
+    y = model(x)
+    with pytest.raises(ValueError, match='nothing to patch'): patch_relus(model)
+    assert patch_relus(model, x, replace=replace).rows[0].old == type(act).__name__
+    assert not torch.equal(model(x), y)
+    unpatch_relus(model)
+    patch_relus(model, x, replace=replace, init='same')
+    assert torch.equal(model(x), y)
+
+
+def test_a_trained_model_starts_as_it_was_unless_told_otherwise():
+    def trained():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        model(X); return model.eval()
+    y = trained()(X)
+    report = patch_relus(model := trained(), X)
+    assert 'has been trained (BatchNorm counted 1 batches)' in report.notes[0] and torch.equal(model(X), y)
+    for kwargs in dict(init={}), dict(leak=.05), dict(init=dict(leak=.05)):
+        assert not patch_relus(model := trained(), X, **kwargs).notes and not torch.equal(model(X), y)
+
+
+def test_samples_by_name_and_activations_of_other_kinds():
+    class Named(nn.Module):
+        def __init__(self): super().__init__(); self.fc, self.act = nn.Linear(4, 4), nn.GELU()
+        def forward(self, *, a, b): return self.act(F.relu(self.fc(a))) + b
+    report = patch_relus(Named(), dict(a=torch.zeros(2, 4), b=torch.ones(2, 4)))
+    assert report.summary() == '1 of 2 activation calls (50%) are curves now; 1 of gelu() is not'
+
+
+def test_an_error_leaves_everything_as_it_was(monkeypatch):
+    model = Shared()
+    before, classes = {k: v.clone() for k, v in model.state_dict().items()}, {m: type(m) for m in model.modules()}
+    from learned_relu import patch
+    for name in 'astray', 'start_from_data':
+        def fails(*args): raise KeyboardInterrupt
+        monkeypatch.setattr(patch, name, fails)
+        with pytest.raises(KeyboardInterrupt): patch_relus(model, X, init='data')
+        monkeypatch.undo()
+        assert {m: type(m) for m in model.modules()} == classes and list(model.state_dict()) == list(before)
+        assert not any(isinstance(m, ActLayer) for m in model.modules()) and not any(m._forward_hooks for m in model.modules())
+    optimizer = torch.optim.SGD(model.parameters(), .1)
+    patch_relus(model, X)
+    assert isinstance(model.act[0], LearnedRelu) and optimizer
