@@ -55,7 +55,8 @@ def normed_stats(
         way.made[key] = Launch(together, (-(-channels//across), 1), numbers, x.device, **constants)
     running = (running_mean, running_var) if track else (mean, var)
     way.made[key](parts, mean, var, *running, live=_in_two(momentum))
-    if track: torch.autograd.graph.increment_version(running)
+    if track: # so that autograd knows
+        for o in running: torch.autograd.graph.increment_version(o)
     return mean, var
 
 def normed_forward(
