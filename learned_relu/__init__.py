@@ -11,6 +11,7 @@ _rooms = {
     'batchnorm': 'bn_learned_relu BnLearnedRelu',
     'params': 'act_params act_layers reset_averages',
     'patch': 'PatchReport patch_relus unpatch_relus',
+    'fold': 'fold_plan fold_relus',
     'plot': 'plot_layer plot_model',
     'caps': 'caps_from_data',
 }

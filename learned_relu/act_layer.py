@@ -8,7 +8,6 @@ Docs: https://learned-relu.github.io/learned_relu/api/act_layer.html.md"""
 __all__ = ['holds', 'starting_value', 'laid_out', 'check_bounds', 'call_in_graph', 'ActLayer']
 
 # %% ../nbs/api/02_act_layer.ipynb #cb7ef930
-import math
 from collections.abc import Iterable
 from numbers import Real
 
@@ -37,7 +36,9 @@ def starting_value(
     "A fresh tensor to start from; `ValueError` for a wrong shape, NaN or infinity, `TypeError` for other than floats."
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f'dtype is {dtype}: pass one of floating point, for example torch.float32')
-    if isinstance(value, Real): finite,v = math.isfinite(value),float(value)
+    if isinstance(value, Real):
+        v = float(value)
+        finite = abs(v) <= torch.finfo(dtype or torch.get_default_dtype()).max
     else:
         v = torch.as_tensor(value).detach()
         finite = holds(v.isfinite())
@@ -89,7 +90,7 @@ def call_in_graph(
 
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b02
 class _Values(Averaged):
-    def __init__(self, values, num_parameters, learn, device, dtype):
+    def __init__(self, values, num_parameters, learn, channel_dim, device, dtype):
         super().__init__()
         if isinstance(num_parameters, bool) or not isinstance(num_parameters, int):
             raise TypeError(f'num_parameters is {num_parameters!r}: pass a whole number, the count of channels or 1')
@@ -100,7 +101,7 @@ class _Values(Averaged):
         if unknown := [o for o in learn if o not in values]:
             raise ValueError(f'learn= names {unknown[0]!r}, which {type(self).__name__} does not have: '
                              f'pass some of {tuple(values)}')
-        self.kinds,self.num_parameters,self._start = tuple(values),num_parameters,{}
+        self.kinds,self.num_parameters,self.channel_dim,self._start = tuple(values),num_parameters,channel_dim,{}
         for k,v in values.items():
             start = starting_value(k, v, num_parameters, device, dtype)
             if k in learn: self.register_parameter(k, nn.Parameter(start))
@@ -118,6 +119,12 @@ class _Values(Averaged):
             else: setattr(self, k, laid_out(k, v, p)) # parametrized: by way of what it is computed from
         self.reset_averages()
 
+    def extra_repr(self):
+        fixed = {k: v for k in self.kinds if k not in self.learn and has_values(v := getattr(self, k))}
+        res = f'{self.num_parameters}, learn={self.learn}' if self.learn else f'{self.num_parameters}'
+        res += ''.join(f', {k}={v[0].item():.4g}' for k,v in fixed.items() if v.unique().numel() == 1)
+        return res + (f', channel_dim={self.channel_dim}' if self.channel_dim != 1 else '')
+
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b03
 class ActLayer(_Values):
     "Abstract layer: values of named kinds, learned or fixed, with averages; subclasses implement `curve`."
@@ -133,8 +140,7 @@ class ActLayer(_Values):
         device:torch.device=None, # where the values are; None for where they come from, or the default
         dtype:torch.dtype=None, # of the values, floating point; None for their own, or the default for numbers
     ):
-        super().__init__(values, num_parameters, learn, device, dtype)
-        self.channel_dim = channel_dim
+        super().__init__(values, num_parameters, learn, channel_dim, device, dtype)
 
     def curve(self,
         x:Tensor, # activations, floating point
@@ -165,9 +171,3 @@ class ActLayer(_Values):
     ) -> tuple: # (low, high), infinite where open
         "The bounds that this class declares for `kind`."
         return check_bounds(kind, cls.bounds.get(kind))
-
-    def extra_repr(self):
-        fixed = {k: v for k in self.kinds if k not in self.learn and has_values(v := getattr(self, k))}
-        res = f'{self.num_parameters}, learn={self.learn}' if self.learn else f'{self.num_parameters}'
-        res += ''.join(f', {k}={v[0].item():.4g}' for k,v in fixed.items() if v.unique().numel() == 1)
-        return res + (f', channel_dim={self.channel_dim}' if self.channel_dim != 1 else '')

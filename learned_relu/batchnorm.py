@@ -216,8 +216,8 @@ def nothing_to_fuse(
 ) -> str: # one sentence
     "Why no BatchNorm of `model` can be computed together with an activation."
     norms = sum(can_defer(m) for m in model.modules())
-    return (f'There is nothing to fuse: {type(model).__name__} has {norms} BatchNorms of the kinds that can be fused and '
-            f'{acts} activations that could take one over, none of which is fed by one directly and alone')
+    return (f'There is nothing to fuse: {type(model).__name__} has {norms} BatchNorms of the kinds that can be fused '
+            f'and {acts} activations that could take one over, none of which is fed by one directly and alone')
 
 def fuse_batchnorms(
     model:nn.Module, # a model with `LearnedRelu`s, changed in place

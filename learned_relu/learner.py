@@ -46,7 +46,7 @@ def _generators_kept(dl):
 def sample_inputs(
     learn:Learner, # a learner with data
 ) -> tuple: # the inputs of one batch
-    "One batch of inputs of `learn`, with all random generators as before: torch, NumPy, Python and the data loader's own."
+    "One batch of inputs of `learn`, with the random generators of torch, NumPy, Python and the loader as before."
     dl = learn.dls.valid if len(learn.dls.loaders) > 1 and len(learn.dls.valid) else learn.dls.train
     with _generators_kept(dl):
         b = dl.one_batch()
@@ -60,7 +60,8 @@ _ours = NoDecayActParams, ClampActParams, EMAActParams, FreezeActParams, ActTele
 def _check_starts(model, clamp, given, kwargs):
     "Refuse a start that the first step would take back."
     layer,init = kwargs.get('layer', LearnedRelu),kwargs.get('init')
-    usual = {} if init in ('same', 'data') or init is None and not given and batches_counted(model) else _defaults(layer)
+    kept = init in ('same', 'data') or init is None and not given and batches_counted(model)
+    usual = {} if kept else _defaults(layer)
     for k,v in (usual | given | (init if isinstance(init, dict) else {})).items():
         low,high = clamp.bounds_of(layer, k)
         if not isinstance(v, torch.Tensor) and not low <= v <= high:
@@ -88,8 +89,8 @@ def to_learned_relu(self:Learner,
     sample=None, # inputs to run once; None takes a batch, leaving every random generator as it was
     **kwargs # passed on to `patch_relus`, for example `exclude` or `init`
 ) -> Learner: # self
-    """Replace the ReLUs of the model by learned ones and add the callbacks that keep them; `ValueError` where none would
-    learn, or one would start outside its bounds, and a warning where fewer than half of the calls learn."""
+    """Replace the ReLUs of the model by learned ones and add the callbacks that keep them; `ValueError` where none
+    would learn or one start outside its bounds, and a warning where fewer than half of the calls learn."""
     cbs = [NoDecayActParams(), ClampActParams(), EMAActParams(), ActTelemetry()] if cbs is None else L(cbs)
     clamp = next((o for o in cbs if isinstance(o, ClampActParams)), None)
     given = {k: v for k,v in dict(leak=leak, sub=sub, maxv=maxv).items() if v is not None}

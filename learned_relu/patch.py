@@ -25,7 +25,9 @@ from .plan import Curves, decide, joined, slots_of, traced
 from .swap import astray, carry_over, restore, swapped
 from .trace import dummy_input, places_of
 
-# %% ../nbs/api/04_patch.ipynb #77088ec7
+# %% ../nbs/api/04_patch.ipynb #e1a1b9a7
+def _as_tuple(o): return o if isinstance(o, tuple) else tuple(o) if isinstance(o, list) else (o,)
+
 def _refuse_wrapped(model):
     if any(inside_compiled(m) is not None for m in model.modules()): how = 'compiled by torch.compile(model)'
     elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -62,7 +64,7 @@ def _refuse_shared(slots):
             raise ValueError(f"shared='error', and {', '.join(s.names)} is called {len(s.calls)} times: pass "
                              "shared='split' for a curve for each call, or shared='tie' for one")
 
-# %% ../nbs/api/04_patch.ipynb #f18d20c2
+# %% ../nbs/api/04_patch.ipynb #065834c6
 _family = 'leak', 'sub', 'maxv'
 
 def batches_counted(
@@ -103,6 +105,13 @@ def _new(slot, layer, init, kwargs, p, alone):
         if slot.read_later: new.writes_back = True
         yield new
 
+class _Again(Exception): pass
+
+def _fill(model, slots, layer, init, kwargs):
+    p = next((o for o in model.parameters() if o.is_floating_point()), None)
+    times = Counter(id(s.old) for s in slots for _ in s.groups)
+    for s in slots: s.new = list(_new(s, layer, init, kwargs, p, times[id(s.old)] == 1))
+
 def _unfit(slot, layer):
     "Why `layer` cannot stand at `slot`."
     takes = inspect.signature(layer).parameters
@@ -111,7 +120,18 @@ def _unfit(slot, layer):
     if slot.read_later and not issubclass(layer, ActLayer):
         return f'it overwrites its input, which is read again, and {layer.__name__} does not: left alone'
 
-# %% ../nbs/api/04_patch.ipynb #82344db1
+# %% ../nbs/api/04_patch.ipynb #7090d92f
+def _wanted(model, found, layer, replace, include, exclude):
+    "The slots that the globs leave, in the order of the model, and how many calls they exclude."
+    for s in found:
+        if s.groups and (why := _unfit(s, layer)): s.groups,s.note = [],why
+    slots = sorted((s for s in found if s.groups or 'cl' not in s.kind), key=lambda s: s.order) # a clamp may be no ReLU
+    mine = [s for s in slots if any(fnmatch(n, include) for n in s.names)
+            and not any(fnmatch(n, e) for n in s.names for e in exclude)]
+    _refuse_empty(model, slots, mine, replace, include, exclude)
+    n = sum(len(s.calls) for s in slots if s not in mine)
+    return mine, dict(excluded=n) if n else {}
+
 def _rows(slots, layer, fused):
     for s in slots:
         where,n = ', '.join(s.names),len(s.calls) if s.traced else None
@@ -144,11 +164,11 @@ def _found(model, sample, replace, required):
         for s in slots: s.traced = False
         return joined(slots, True), {}, None
     others = {f'{k}()': v for k,v in others.items()}
-    if nn.ReLU in (replace if isinstance(replace, tuple) else (replace,)): return slots + functions, others, sample
+    if nn.ReLU in _as_tuple(replace): return slots + functions, others, sample
     if functions: others['relu()'] = sum(len(s.calls) for s in functions)
     return slots, others, sample
 
-# %% ../nbs/api/04_patch.ipynb #13775f8a
+# %% ../nbs/api/04_patch.ipynb #447fde1b
 def patch_relus(
     model:nn.Module, # a built model, changed in place; not wrapped
     sample=None, # what to run once: a tensor, a tuple of them, or a dict of keyword arguments; None derives a tensor
@@ -170,25 +190,15 @@ def patch_relus(
     counts = per_channel and 'num_parameters' in inspect.signature(layer).parameters
     found,others,sample = _found(model, sample, replace, counts or fuse_bn)
     if shared == 'error': _refuse_shared(joined(found, True))
-    found,exclude,forced = joined(found, shared == 'tie'),(exclude,) if isinstance(exclude, str) else tuple(exclude),{}
-    def wanted(s):
-        return any(fnmatch(n, include) for n in s.names) and not any(fnmatch(n, e) for n in s.names for e in exclude)
+    found,forced = joined(found, shared == 'tie'),{}
     for _ in range(4):
         decide(found, shared, channel_dim, counts, forced)
-        for s in found:
-            if s.groups and (why := _unfit(s, layer)): s.groups,s.note = [],why
-        slots = [s for s in found if s.groups or 'cl' not in s.kind] # a clamp that stays may be no ReLU
-        slots.sort(key=lambda s: s.order)
-        mine = [s for s in slots if wanted(s)]
-        _refuse_empty(model, slots, mine, replace, include, exclude)
+        mine,excluded = _wanted(model, found, layer, replace, include, _as_tuple(exclude))
         chosen = [s for s in mine if s.groups]
         norms,fused = _norms(model, chosen) if fuse_bn else ({}, {})
-        excluded = sum(len(s.calls) for s in slots if s not in mine)
-        report = PatchReport(_rows(mine, layer, fused), notes, others | (dict(excluded=excluded) if excluded else {}))
+        report = PatchReport(_rows(mine, layer, fused), notes, others | excluded)
         if dry_run: return report
-        p = next((o for o in model.parameters() if o.is_floating_point()), None)
-        times = Counter(id(s.old) for s in chosen for _ in s.groups)
-        for s in chosen: s.new = list(_new(s, layer, init, layer_kwargs, p, times[id(s.old)] == 1))
+        _fill(model, chosen, layer, init, layer_kwargs)
         try:
             with swapped(model, chosen):
                 if sample is not None and (wrong := astray(model, chosen, sample)): forced |= wrong; raise _Again
@@ -198,8 +208,6 @@ def patch_relus(
         except _Again: pass
     raise ValueError('The calls of the model differ from run to run, so that none can be given a curve of its own: '
                      "pass shared='tie', or leave out what differs with exclude=")
-
-class _Again(Exception): pass
 
 # %% ../nbs/api/04_patch.ipynb #65ae817a
 def unpatch_relus(

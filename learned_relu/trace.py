@@ -44,8 +44,9 @@ def dummy_input(
     if isinstance(first, nn.Linear): shape = (1, first.in_features)
     elif isinstance(first, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         shape = (1, first.in_channels) + (64,)*(first.weight.ndim - 2)
-    else: raise ValueError(f'The first layer with weights is {type(first).__name__}, which does not tell what the model '
-                           'reads: pass sample=, a batch of inputs (a tensor, a tuple of them, or a dict by name)')
+    else:
+        raise ValueError(f'The first layer with weights is {type(first).__name__}, which does not tell what the model '
+                         'reads: pass sample=, a batch of inputs (a tensor, a tuple of them, or a dict by name)')
     return first.weight.new_zeros(shape)
 
 # %% ../nbs/api/02_trace.ipynb #8415920b

@@ -9,9 +9,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import create_unet_model, create_vision_model
 from fastai.collab import EmbeddingNN
 from fastai.tabular.model import TabularModel
+from fastai.vision.all import create_unet_model, create_vision_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models as tv
@@ -61,7 +61,7 @@ def outputs(model, sample, grad=False):
     with torch.set_grad_enabled(grad), torch.random.fork_rng(): torch.manual_seed(1); return tensors(model.eval()(*sample))
 
 
-def same(a, b): return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+def same(a, b): return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def curves_called(model, sample):
@@ -86,10 +86,10 @@ def test_every_call_is_a_curve_of_its_own_and_all_of_it_can_be_undone(name):
     assert report.learning == calls and [o.calls for o in report.replaced] == [1]*calls, report.summary()
     called = curves_called(model, sample)
     assert len(called) == len(set(called)) == calls
-    assert all(same(b, outputs(model, o)) for b, o in zip(before, (sample, other)))
+    assert all(same(b, outputs(model, o)) for b, o in zip(before, (sample, other), strict=True))
     if name not in ('raft', 'retinanet', 'fcos'):  # these train with targets, or do the same at length
         with_grad, without = outputs(model, sample, grad=True), outputs(model, sample)
-        for a, b in zip(with_grad, without): torch.testing.assert_close(a, b)
+        for a, b in zip(with_grad, without, strict=True): torch.testing.assert_close(a, b)
         sum(t.pow(2).mean() for t in tensors(model.train()(*sample))).backward()
         assert [o.name for o in act_params(model) if o.param.grad is None or not o.param.grad.isfinite().all()] == []
     unpatch_relus(model)

@@ -127,11 +127,11 @@ def test_parametrized_values_are_loaded_averaged_and_not_clamped():
 
 def test_moved_averages_are_noticed_across_a_cast_and_nothing_else_is():
     m = averaged().eval().train()
-    m.double()
+    m.half()
     with warnings.catch_warnings(): warnings.simplefilter('error'); m.eval()
     m.train().float()
     with torch.no_grad(): m.leak.add_(.1)
-    with pytest.warns(UserWarning, match='trained without updating'): m.half().eval()
+    with pytest.warns(UserWarning, match='trained without updating'): m.double().eval()
     assert m.num_averaged == 0
 
 
@@ -168,6 +168,7 @@ def test_what_is_wrong_is_wrong_on_meta_too(bad, words):
 
 def test_where_and_as_what_values_start():
     with pytest.raises(TypeError, match='dtype is torch.int32'): LearnedRelu(dtype=torch.int32)
+    with pytest.raises(ValueError, match='leak starts at 70000'): LearnedRelu(leak=70000., dtype=torch.half)
     assert starting_value('leak', torch.ones(2, dtype=torch.half), 2).dtype == torch.half  # a tensor brings its own
     assert starting_value('leak', torch.ones(2, dtype=torch.long), 2).dtype == torch.float32
     assert in_default(torch.float64, LearnedRelu).leak.tolist() == [.05]*3

@@ -60,7 +60,8 @@ def _label(i): return i % 2
 
 def vision():
     "A vision learner on random images, with a body that shares its ReLUs."
-    from fastai.vision.all import DataLoaders as Loaders, vision_learner
+    from fastai.vision.all import DataLoaders as Loaders
+    from fastai.vision.all import vision_learner
     from torchvision.models import resnet18
     images = Datasets(list(range(8)), [[_image], [_label]])
     return vision_learner(Loaders.from_dsets(images, images, bs=4, num_workers=0), resnet18, n_out=2, pretrained=False,
