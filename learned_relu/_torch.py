@@ -39,7 +39,7 @@ def reverse_transform() -> bool: # True within `torch.func.vmap`, `grad` and `vj
 # %% ../nbs/api/00_torch.ipynb #c01d6778
 _keys = getattr(torch._C, '_dispatch_keys', None)
 _name = getattr(getattr(torch._C, 'DispatchKeySet', None), 'raw_repr', repr) # PyTorch 2.4 has the longer one only
-_on_cpu = set() # keys that were found to be those of ordinary memory of the CPU
+_on_cpu,_on_gpu = set(),set() # keys that were found to be those of ordinary memory of the CPU, and of a GPU
 
 @functools.cache
 def _ordinary(device_type):
@@ -55,7 +55,13 @@ def _looked_at(tensors):
     if len({t.device for t in given}) > 1: return None
     if any(_name(_keys(t)) not in _ordinary(t.device.type) for t in given): return None
     _on_cpu.update(_ordinary('cpu'))
+    if given and given[0].is_cuda: _on_gpu.update(_ordinary('cuda'))
     return tensors
+
+def _on_one_gpu(tensors):
+    given = [t for t in tensors if t is not None]
+    known = all(_name(_keys(t)) in _on_gpu for t in given) and len({t.get_device() for t in given}) == 1
+    return tensors if known else _looked_at(tensors)
 
 def in_memory(
     *tensors:Tensor, # any tensors, or None, which stays
@@ -64,7 +70,7 @@ def in_memory(
     try:
         if _modes(): return None
         for t in tensors:
-            if t is not None and _name(_keys(t)) not in _on_cpu: return _looked_at(tensors)
+            if t is not None and _name(_keys(t)) not in _on_cpu: return _on_one_gpu(tensors)
     except TypeError: return _looked_at(tensors) # no tensor, or no such question
     return tensors
 

@@ -10,10 +10,12 @@ import pytest
 import learned_relu
 
 ROOT = Path(learned_relu.__file__).parent
-TORCH = ('_files _torch reference kernels.layout kernels.build kernels.eager kernels.cpu kernels.cpu_batchnorm kernels.triton '
+TORCH = ('_files _torch reference kernels.layout kernels.build kernels.eager kernels.cpu kernels.cpu_batchnorm '
          'kernels.dispatch functional surrogate averages act_layer layers batchnorm '
          'params flow sites rewrite trace calls family plan swap patch_report patch plot history caps standard shift fold').split()
-ABSENT = () if find_spec('triton') else ('kernels.triton',)  # Triton comes with PyTorch on Linux
+TRITON = 'kernels.tiles kernels.triton kernels.triton_norm kernels.triton_batchnorm'.split()
+TORCH += TRITON
+ABSENT = () if find_spec('triton') else TRITON  # Triton comes with PyTorch on Linux
 modules = sorted(o.relative_to(ROOT) for o in ROOT.rglob('*.py') if o.name not in ('__init__.py', '_modidx.py', 'all.py'))
 
 

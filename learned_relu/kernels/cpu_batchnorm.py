@@ -34,10 +34,17 @@ def _call(x, lay, **fields):
 def normed_stats(
     x:Tensor, # input of the BatchNorm
     lay:Layout, # of `x`, as `normed_layout` returned it
+    running_mean:Tensor=None, # `(channels,)`, updated in place; None for none
+    running_var:Tensor=None, # `(channels,)`, updated in place; None for none
+    momentum:float=0., # share of the batch in the running statistics, in [0, 1]
 ) -> tuple: # mean and biased variance, each `(channels,)`
     "What `x` is normalised by in training."
     mean,var = x.new_empty(x.shape[1]),x.new_empty(x.shape[1])
     run('norm_stats', x.dtype, _call(x, lay, mean=mean.data_ptr(), var=var.data_ptr()))
+    if running_mean is not None:
+        n = x.numel()/len(mean)
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        running_var.mul_(1 - momentum).add_(var, alpha=momentum*n/(n - 1))
     return mean, var
 
 # %% ../../nbs/api/00_kernels.cpu_batchnorm.ipynb #d6e2400e
@@ -49,7 +56,7 @@ class Norm(NamedTuple):
     var:Tensor # `(channels,)`
     eps:float # added to the variance
     values:tuple # leak, sub and maxv, each `(channels,)`
-    lay:Layout # of the input, as `normed_layout` returned it
+    lay:Layout # of the input, or what else `normed_layout` returned
 
 def _normed_call(x, norm, **fields):
     weight,bias,mean,var,eps,(leak,sub,maxv),lay = norm

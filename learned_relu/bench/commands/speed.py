@@ -10,6 +10,8 @@ __all__ = ['measured', 'plot_speed', 'learned_relu_speed']
 # %% ../../../nbs/api/37_bench.commands.speed.ipynb #752e594c
 import json
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 from fastcore.script import call_parse
 
 from ..._files import whole_file
+from ..full import full_works, measured_until
 from ..record import FORMAT, made_by
 from ..speed import (contestants, first_call, gradient_cost, in_batchnorm, operation_cost, step_cost,
                                       step_models)
@@ -80,9 +83,19 @@ def _check_asked(path, rounds, steps, archs):
     for o in archs:
         if o not in known: raise SystemExit(f'error: archs names {o!r}: pass some of {", ".join(known)}')
 
+def _page(record, df):
+    parts = [f'<h1>What activations cost</h1><p>{record["hardware"]}<br>{record["versions"]}<br>{record["ended"]}</p>']
+    if record['left']: parts.append(f'<p>Not measured: {"; ".join(record["left"])}</p>')
+    for work,rows in df.groupby('work', sort=False):
+        rows = rows.drop(columns='work').dropna(axis=1, how='all')
+        parts.append(f'<h2>{work}</h2>' + rows.to_html(index=False, float_format='{:.4g}'.format))
+    return '<!doctype html><meta charset="utf-8"><title>Speed</title>' + '\n'.join(parts)
+
 def _write(to, record, df):
+    if 'ended' in record: (to/'speed.html').write_text(_page(record, df), encoding='utf-8')
     (to/'speed.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
     df.to_csv(to/'speed.csv', index=False)
+    if df.empty: return
     fig = plot_speed(df)
     fig.savefig(to/'speed.png', dpi=90)
     plt.close(fig)
@@ -90,10 +103,22 @@ def _write(to, record, df):
 def _print(df, first):
     for w,rows in df.groupby('work', sort=False):
         print(f'{w}\n{rows.drop(columns="work").set_index("name").round(3).to_string()}\n')
+    if first is None: return
     print(f'first call in a fresh process, median of {len(first)}: {first.LearnedRelu.median():.2f} s, '
           f'and {first.relu.median():.2f} s with relu')
 
 # %% ../../../nbs/api/37_bench.commands.speed.ipynb #d206dadf
+def _interrupt(*_): raise KeyboardInterrupt
+
+def _measured_all(device, rounds, steps, minutes, about):
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if main else None # as `timeout` ends a process
+    try: df,left,ended = measured_until(full_works(device, rounds, steps), minutes)
+    finally:
+        if main: signal.signal(signal.SIGTERM, before)
+    about.update(left=left, ended=ended, shape=None)
+    return df
+
 @call_parse
 def learned_relu_speed(
     out:str='runs/speed', # directory for the record, made here
@@ -104,6 +129,8 @@ def learned_relu_speed(
     bs:int=64, # batch size
     compiled:bool=False, # also time models compiled in place, which takes minutes to begin with
     device:str=None, # 'cpu' or 'cuda'; by default the GPU if there is one
+    all:bool=False, # every row there is instead, in each dtype and layout, with a page; archs, size and bs are its own
+    minutes:float=8., # after which no other work of `all` is begun
 ):
     "Measure what each activation costs on this machine, as ratios to ReLU, and write a record."
     path = Path(out)
@@ -117,9 +144,10 @@ def learned_relu_speed(
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temp:
             temp.mkdir() # before anything is measured in vain
-            df = measured(rounds, steps, names, size, bs, compiled, device)
-            first = first_call()
-            about.update(rows=json.loads(df.to_json(orient='records')), first_call=first.to_dict('list'))
+            if all: df,first = _measured_all(device, rounds, steps, minutes, about),None
+            else: df,first = measured(rounds, steps, names, size, bs, compiled, device),first_call()
+            about.update(rows=json.loads(df.to_json(orient='records')))
+            if not all: about.update(first_call=first.to_dict('list'))
             _write(temp, about, df)
     except OSError as e:
         raise SystemExit(f'error: {path.parent} cannot be written ({e.strerror}): pass another --out') from e
