@@ -62,7 +62,7 @@ class Call:
     @property
     def run(self): return self.path[0][1]
 
-# %% ../nbs/api/03_calls.ipynb #d31dd4d5
+# %% ../nbs/api/03_calls.ipynb #118b0cf2
 _torchs = {o.forward for o in (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh)}
 
 def _expected(m, x):
@@ -93,14 +93,15 @@ class _Watch:
         return out
 
     def act_enters(self, m, args, kwargs):
-        x,self.flow.inside = args[0] if args else next(iter(kwargs.values())),True
+        x,self.flow.inside = args[0] if args else next(iter(kwargs.values()), None),True
+        if not isinstance(x, Tensor): self.open.append(None); return # the activation will say what it thinks of that
         call = self.entered(None, x, m)
         self.flow.read([x])
         self.open.append((call, x, _expected(m, x)))
     def act_leaves(self, m, args, out):
-        call,x,expected = self.open.pop()
-        self.flow.inside = True
-        if out is not None: # it ended with an error, which the model may have caught
+        noted,self.flow.inside = self.open.pop(),True
+        if noted and out is not None: # else it ended with an error, which the model may have caught
+            call,x,expected = noted
             call.odd = expected is not None and not torch.equal(expected, out)
             out = self.left(call, x, out)
         self.flow.inside = bool(self.open)

@@ -362,3 +362,155 @@ def test_an_error_leaves_everything_as_it_was(monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), .1)
     patch_relus(model, X)
     assert isinstance(model.act[0], LearnedRelu) and optimizer
+
+
+class Calls(nn.Module):
+    "A module of which each test sets the body of `forward`."
+    def __init__(self): super().__init__(); self.fc, self.fc2, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+
+class ByArgument(Calls):
+    def forward(self, x, act=F.relu): return act(self.fc(x))
+
+
+class ByVariable(Calls):
+    def forward(self, x): f = F.relu if x.shape[0] == 2 else torch.tanh; return f(self.fc(x))
+
+
+class IntoBuffer(Calls):
+    def forward(self, x):
+        y = self.fc(x)
+        out = torch.empty_like(y)
+        with torch.no_grad(): torch.clamp(y, min=0, out=out)
+        return out + y
+
+
+class OfLengths(Calls):
+    def forward(self, x): return self.act(self.fc(x)) + (torch.arange(4)[None] - 1).clamp(min=0)
+
+
+class ByKeywords(Calls):
+    def forward(self, x): return F.relu(**{'input': self.fc(x)}) + F.relu(input=self.fc2(x))
+
+
+class ByMethod(Calls):
+    def forward(self, x): f = self.fc(x).relu; return f() + torch.Tensor.relu(self.fc2(x)) + sum(map(F.relu, [x]))
+
+
+class InIterable(Calls):
+    def forward(self, x): return sum(y for layer in (self.fc, self.fc2) for y in self.act(layer(x)))
+
+
+class Caught(Calls):
+    def forward(self, x):
+        try: self.act('no tensor')
+        except (TypeError, AttributeError): pass
+        return F.relu(self.fc(x))
+
+
+class Container(nn.Sequential):
+    def forward(self, x): return F.relu(super().forward(x))
+
+
+@pytest.mark.parametrize('build,learning,why', [
+    (ByArgument, 0, 'is a variable'), (ByVariable, 0, 'is a variable'), (IntoBuffer, 0, 'not called'), (OfLengths, 1, ''),
+    (ByKeywords, 1, '*args'), (ByMethod, 0, 'is a variable'), (InIterable, 2, 'cannot be written anew'), (Caught, 1, ''),
+    (lambda: Container(nn.Linear(4, 4)), 0, 'would run a module put into it')], ids=lambda o: getattr(o, '__name__', None))
+def test_calls_that_only_look_like_one(build, learning, why):
+    torch.manual_seed(0)
+    model, x, longer = build(), torch.randn(2, 4), torch.randn(3, 4)
+    before = model(x), model(longer)
+    report = patch_relus(model, x, init='same')
+    assert report.learning == learning and any(why in o.note for o in report.rows), report
+    assert torch.equal(model(x), before[0]) and torch.equal(model(longer), before[1])
+    if build is ByArgument: assert (model(x, torch.tanh) < 0).any()
+
+
+def test_a_source_that_is_not_what_runs_is_not_written_anew(tmp_path, monkeypatch):
+    def write(body): (tmp_path/'net_on_disk.py').write_text(
+        'import torch\nimport torch.nn.functional as F\nclass Net(torch.nn.Module):\n'
+        '    def __init__(self): super().__init__(); self.fc = torch.nn.Linear(4, 4)\n'
+        f'    def forward(self, x): return {body}\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    write('F.relu(self.fc(x))')
+    import net_on_disk
+    x = torch.randn(2, 4)
+    model = net_on_disk.Net()
+    y = model(x)
+    write('F.relu(self.fc(x))*333')
+    report = patch_relus(model, x, init='same')
+    assert 'has changed since it was imported' in report.rows[0].note and torch.equal(model(x), y)
+    sys.modules.pop('net_on_disk')
+
+
+def test_the_last_dimension_stays_the_last_whatever_their_number():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    patch_relus(model)
+    assert model(torch.randn(2, 5, 4)).shape == (2, 5, 2) and model[1].channel_dim == -1
+    patch_relus(model := nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()))
+    assert model[2].channel_dim == 1
+
+
+def test_a_part_that_overwrites_what_it_is_given_goes_on_doing_so():
+    class Whole(nn.Module):
+        def __init__(self): super().__init__(); self.body = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+        def forward(self, x): x = x.clone(); return self.body(x) + x
+    model, x = Whole(), torch.randn(2, 4)
+    y = model(x)
+    assert 'overwrites its input' in patch_relus(model.body, x, init='same').rows[0].note and torch.equal(model(x), y)
+
+
+def test_backward_hooks_of_both_kinds_fire_on():
+    model, seen = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), []
+    model[1].register_full_backward_hook(lambda m, gi, go: seen.append(len(gi)))
+    patch_relus(model)
+    model(torch.randn(2, 4)).sum().backward()
+    assert seen == [1]
+
+
+def test_precisions_start_as_what_stood_there():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).double()
+    patch_relus(model, torch.randn(2, 4).double(), init='same')
+    assert model[1].maxv.dtype == torch.float64
+    class Mixed(nn.Module):
+        def __init__(self): super().__init__(); self.body, self.head, self.act = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4), nn.ReLU()
+        def forward(self, x): return self.act(self.head(self.body(x).float()))
+    patch_relus(model := Mixed(), torch.randn(2, 4).bfloat16())
+    assert model.act.leak.dtype == torch.float32
+
+
+def test_patched_twice_and_pickled():
+    class Both(Calls):
+        def forward(self, x): return F.relu(self.fc(x)) + self.act(self.fc2(x)) + self.act(x)
+    globals()['Both'] = Both; Both.__qualname__ = 'Both'
+    model, x = Both(), torch.randn(2, 4)
+    patch_relus(model, x, include='relu'); patch_relus(model, x)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x)) and len(act_layers(model)) == 3
+    unpatch_relus(model)
+    assert type(model) is Both
+
+
+def test_a_failed_second_patch_takes_nothing_of_the_first_back():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=nn.ReLU()), nn.Linear(8, 4), nn.ReLU())
+    x = torch.randn(2, 3, 8)
+    patch_relus(model, x, include='0.*', leak=.4)
+    class Fails(nn.Module):
+        def forward(self, x): raise KeyError
+    with pytest.raises(ValueError, match='could not be run'): patch_relus(model, x, layer=Fails)
+    torch.testing.assert_close(outputs(model, (x,)), outputs(model, (x,), grad=True))
+
+
+def test_nothing_of_a_run_stays(tmp_path):
+    import numpy as np
+    class Draws(Calls):
+        def forward(self, x): np.random.rand(); return self.act(self.fc(x))
+    state = np.random.get_state()[1:3]
+    patch_relus(Draws(), torch.randn(2, 4))
+    assert state[1] == np.random.get_state()[2] and (state[0] == np.random.get_state()[1]).all()
+    scripted = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)), nn.ReLU())
+    assert len(patch_relus(scripted, torch.randn(2, 4))) == 1 and not any(m._forward_hooks for m in scripted[::2])
+    with torch.inference_mode(): assert len(patch_relus(Calls1(), torch.randn(2, 4))) == 1
+
+
+class Calls1(Calls):
+    def forward(self, x): return F.relu(self.fc(x))
