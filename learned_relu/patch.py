@@ -124,7 +124,7 @@ def _unfit(slot, layer):
     if slot.read_later and not issubclass(layer, ActLayer):
         return f'it overwrites its input, which is read again, and {layer.__name__} does not: left alone'
 
-# %% ../nbs/api/04_patch.ipynb #98b060ae
+# %% ../nbs/api/04_patch.ipynb #90c9f43a
 def _wanted(model, found, layer, replace, include, exclude):
     "The slots that the globs leave, in the order of the model, and how many calls they exclude."
     for s in found:
@@ -158,21 +158,24 @@ def _norms(model, slots):
     return norms, {k: ', '.join(names[bn]) for k,bn in norms.items()}
 
 def _found(model, sample, replace, required):
-    "Slots with their calls, other activations, and the sample; untraced where no run is `required` nor possible."
+    "Slots with their calls, other activations, the sample, what to say; untraced if no run is `required` nor possible."
     slots,given = slots_of(model, replace),sample is not None
     try:
         if not given: sample = dummy_input(model)
-        functions,others = traced(model, slots, sample, [m for m in model.modules() if can_defer(m)])
+        twice = sample if given else torch.cat([sample]*2) # BatchNorm in training needs two items
+        functions,others,late = traced(model, slots, sample, [m for m in model.modules() if can_defer(m)], twice)
     except ValueError:
         if required or given: raise
         for s in slots: s.traced = False
-        return joined(slots, True), {}, None
+        return joined(slots, True), {}, None, []
+    where = ', '.join(str(c.site) for c in late)
+    said = [f'{len(late)} more calls are made in training only and stay: {where}'] if late else []
     others = {f'{k}()': v for k,v in others.items()}
-    if nn.ReLU in _as_tuple(replace): return slots + functions, others, sample
+    if nn.ReLU in _as_tuple(replace): return slots + functions, others, sample, said
     if functions: others['relu()'] = sum(len(s.calls) for s in functions)
-    return slots, others, sample
+    return slots, others, sample, said
 
-# %% ../nbs/api/04_patch.ipynb #c52ef89c
+# %% ../nbs/api/04_patch.ipynb #ac47920d
 def patch_relus(
     model:nn.Module, # a built model, changed in place; not wrapped
     sample=None, # what to run once: a tensor, a tuple of them, or a dict of keyword arguments; None derives a tensor
@@ -192,7 +195,7 @@ def patch_relus(
     _refuse(model, layer, replace, shared, channel_dim, fuse_bn)
     init,layer_kwargs,notes = _start(model, init, layer, layer_kwargs)
     counts = per_channel and 'num_parameters' in inspect.signature(layer).parameters
-    found,others,sample = _found(model, sample, replace, counts or fuse_bn)
+    found,others,sample,said = _found(model, sample, replace, counts or fuse_bn)
     if shared == 'error': _refuse_shared(joined(found, True))
     found,forced = joined(found, shared == 'tie'),{}
     for _ in range(4):
@@ -200,7 +203,7 @@ def patch_relus(
         mine,excluded = _wanted(model, found, layer, replace, include, _as_tuple(exclude))
         chosen = [s for s in mine if s.groups]
         norms,fused = _norms(model, chosen) if fuse_bn else ({}, {})
-        report = PatchReport(_rows(mine, layer, fused), notes, others | excluded)
+        report = PatchReport(_rows(mine, layer, fused), notes + said, others | excluded)
         if dry_run: return report
         _fill(model, chosen, layer, init, layer_kwargs)
         try:

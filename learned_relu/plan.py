@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/plan.html.md"""
 # %% auto #0
 __all__ = ['Curves', 'Slot', 'slots_of', 'traced', 'joined', 'decide']
 
-# %% ../nbs/api/04_plan.ipynb #ef1e8979
+# %% ../nbs/api/04_plan.ipynb #f337f198
 import itertools
 from collections import Counter
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from .act_layer import ActLayer
-from .calls import trace_calls
+from .calls import in_training_only, trace_calls
 from .rewrite import NEXT, ONLY, TOLD, edit_for, why_unwritable
 from .sites import why_fixed
 
@@ -66,7 +66,7 @@ def slots_of(
     inner = {id(o) for s in found.values() for o in s.old.modules() if o is not s.old}
     return [s for s in found.values() if id(s.old) not in inner]
 
-# %% ../nbs/api/04_plan.ipynb #0c2354f8
+# %% ../nbs/api/04_plan.ipynb #4b93713d
 @contextmanager
 def _apart(slots):
     "Context in which no module stands in two places; tells which stands where."
@@ -87,10 +87,13 @@ def traced(
     slots:list, # of `slots_of`; each gets its calls
     sample, # its inputs: a tensor, a tuple of them, or a dict of keyword arguments
     norms=(), # modules that may feed the activations
-) -> tuple: # slots of ReLUs called as functions; name of other activations -> calls
+    twice=None, # the inputs of a second run, in training; None for none
+) -> tuple: # slots of ReLUs called as functions; name of other activations -> calls; `Call`s in training only
     "Run `model` once and hand each call to its slot."
     acts = list({id(s.old): s.old for s in slots}.values())
-    with _apart(slots) as which: calls,others = trace_calls(model, acts, sample, norms)
+    with _apart(slots) as which:
+        calls,others = trace_calls(model, acts, sample, norms)
+        late = [] if twice is None else in_training_only(model, acts, twice, calls)
     at,functions = {id(m): (i, n) for i,(n,m) in enumerate(model.named_modules())},{}
     for c in calls:
         if c.act is not None: which[id(c.act)].calls.append(c); continue
@@ -98,7 +101,7 @@ def traced(
         order = i,c.site.lines[0],c.site.end or 0
         new = Slot([], [str(c.site)], None, f'{c.func.__name__}()', order, owner=n)
         functions.setdefault(c.site.key, new).calls.append(c)
-    return list(functions.values()), others
+    return list(functions.values()), others, late
 
 def joined(
     slots:list, # some of a model

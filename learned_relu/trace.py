@@ -22,6 +22,7 @@ from ._torch import compiled_call, inside_compiled, set_compiled_call
 @contextmanager
 def no_trace(
     model:nn.Module, # the model to run
+    training:bool=False, # whether it trains; what its buffers held is then the caller's business
 ):
     "Context in which `model` evaluates without changing its statistics, its modes or a random generator."
     modes = [(m, m.training) for m in model.modules()]
@@ -30,7 +31,7 @@ def no_trace(
     drawn_too = numpy and numpy.random.get_state()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        for m,_ in modes: m.training = False
+        for m,_ in modes: m.training = training
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices): yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -77,6 +78,7 @@ def run_once(
     sample, # its inputs: a tensor, a tuple or list of them, or a dict of keyword arguments
     *contexts, # to run it in
     seed:int=None, # for the random numbers; None as they come
+    training:bool=False, # in which mode
 ): # what it returns
     "Run `model` on `sample`, unnoticed; `ValueError` where it does not accept it."
     args,kwargs = ((), sample) if isinstance(sample, dict) else (sample, {})
@@ -84,7 +86,7 @@ def run_once(
     def own(o): return (o if p is None else o.to(p.device)).clone() if isinstance(o, Tensor) else o
     args,kwargs = tree_map(own, (tuple(args) if isinstance(args, (tuple, list)) else (args,), kwargs))
     try:
-        with no_trace(model), uncompiled(model), ExitStack() as stack:
+        with no_trace(model, training), uncompiled(model), ExitStack() as stack:
             for o in contexts: stack.enter_context(o)
             if seed is not None: torch.default_generator.manual_seed(seed); random.seed(seed)
             return model(*args, **kwargs)

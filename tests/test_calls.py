@@ -254,6 +254,15 @@ class Hard(nn.Module):
         return self.last(self.helper(self.listed[0](self.fc(self.act(x)))) + self.decorated(x) + (lambda o: torch.relu(o))(x))
 
 
+def test_what_is_called_in_training_only_is_said_and_leaves_no_trace():
+    model = tv.googlenet(weights=None, init_weights=False, aux_logits=True)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    report = patch_relus(model, dry_run=True)
+    assert '4 more calls are made in training only' in report.notes[0] and 'googlenet.py' in report.notes[0]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items()) and torch.equal(rng, torch.get_rng_state())
+
+
 def test_what_stays_is_said_with_its_place():
     report = patch_relus(Hard(), torch.randn(2, 4))
     notes = {o.name: o.note for o in report.rows}
