@@ -21,10 +21,15 @@ from .calls import in_training_only, trace_calls
 from .rewrite import NEXT, ONLY, TOLD, edit_for, why_unwritable
 from .sites import why_fixed
 
-# %% ../nbs/api/04_plan.ipynb #4a4021fd
+# %% ../nbs/api/04_plan.ipynb #8a14c430
 class Curves(nn.ModuleList):
     "The curves of one activation that is called several times; each of these calls takes its own."
     _takes_turn = True # see `learned_relu.rewrite`
+
+    def __init__(self,
+        curves:list, # one for each call, in the order in which the calls were found
+    ): super().__init__(curves)
+
     def __getitem__(self, i): return super().__getitem__(min(i, len(self) - 1) if isinstance(i, int) else i)
     def forward(self, *args, _turn=None, **kwargs):
         old, = self._replaced
