@@ -71,6 +71,7 @@ def _expected(m, x):
     values = curve_values(m, x.dtype)
     return values and learned_relu_reference(x.clone(), **{k: torch.as_tensor(v).to(x) for k,v in values.items()})
 
+# %% ../nbs/api/03_calls.ipynb #107fb0d7
 class _Watch:
     "What the hooks of one run note."
     def __init__(self):

@@ -85,6 +85,13 @@ def _storage(t):
 
 def _tensors(o): return [o] if isinstance(o, Tensor) else [t for t in tree_leaves(o) if isinstance(t, Tensor)]
 
+def _inherited(name, func, args, kwargs, out, tensors, known):
+    "What is known of the output of a function, from its arguments and what is known of them."
+    weights = tuple(id(t) for t in tensors[1:] if isinstance(t, nn.Parameter))
+    dim = channel_dim_after(func, args, kwargs, out, [(t, o.dim) for t,o in known])
+    last = name in _last or name == 'layer_norm' or bool(known) and known[0][1].last and name not in _second
+    return dict(dim=dim, last=last and dim == out.ndim - 1, weights=weights or (known[0][1].weights if known else ()))
+
 # %% ../nbs/api/02_flow.ipynb #ec84259d
 class Flow(TorchFunctionMode):
     "Mode that keeps an `Origin` of each tensor, and hands calls of `watched` functions to `enter` and `leave`."
@@ -131,11 +138,5 @@ class Flow(TorchFunctionMode):
         if call is not None: return self.leave(call, tensors[0], out)
         if (fed := fed_dim(name, tensors)) is not None and (o := self.origins.get(tensors[0])): o.fed = fed
         known = [(t, o) for t in tensors if (o := self.origins.get(t)) is not None and o.dim is not None]
-        weights = tuple(id(t) for t in tensors[1:] if isinstance(t, nn.Parameter))
-        weights = weights or (known[0][1].weights if known else ())
-        dims = [(t, o.dim) for t,o in known]
-        last = name in _last or name == 'layer_norm' or bool(known) and known[0][1].last and name not in _second
-        for t in outs:
-            dim = channel_dim_after(func, args, kwargs, t, dims)
-            self.note(t, dim=dim, last=last and dim == t.ndim - 1, weights=weights)
+        for t in outs: self.note(t, **_inherited(name, func, args, kwargs, t, tensors, known))
         return out

@@ -69,6 +69,7 @@ def activation_rows(
         saved=[saved_bytes(o, x)/x.nbytes for o in layers.values()], seconds=seconds,
         bytes_per_second=UNITS*x.nbytes/seconds, rounds=rounds)
 
+# %% ../../nbs/api/36_bench.full.ipynb #deef62b6
 def activations(
     channels:int, # of the input
 ) -> dict: # name -> layer
@@ -164,6 +165,7 @@ def full_works(
             res |= {k: f for k,f in works.items() if 'compiled' not in k}
     return res | last
 
+# %% ../../nbs/api/36_bench.full.ipynb #caec8d42
 def measured_until(
     works:dict, # name -> function without arguments, which returns its rows
     minutes:float, # after which none but the first is begun

@@ -69,6 +69,7 @@ def normed_forward(
     way.launch(norm_forward, False, LOWEST=way.lowest, **kinds)(x, y, *given, live=_in_two(norm.eps))
     return y
 
+# %% ../../nbs/api/00_kernels.triton_batchnorm.ipynb #542fe477
 def _given(norm): # which of weight and bias there are; what each kernel is handed, a mean where there is none
     weight,bias,mean,var,_,values,_ = norm
     kinds = dict(WEIGHT=weight is not None, BIAS=bias is not None)

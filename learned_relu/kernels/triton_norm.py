@@ -51,6 +51,7 @@ def _part(parts_ptr, k, chunks, near, c, real, channels, ROWS: tl.constexpr):
     off = (tl.load(at + channels, mask=inside, other=0.) - near) + tl.load(at + 2*channels, mask=inside, other=0.)
     return n, off, tl.load(at + 3*channels, mask=inside, other=0.)
 
+# %% ../../nbs/api/00_kernels.triton_norm.ipynb #04cd37da
 @triton.jit
 def together(parts_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, momentum, momentum_rest,
               chunks, channels, count, TRACK: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
