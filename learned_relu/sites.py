@@ -7,7 +7,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/sites.html.md"""
 # %% auto #0
 __all__ = ['Site', 'calling_sites', 'runs_as_written', 'definition_of', 'call_at', 'why_fixed']
 
-# %% ../nbs/api/02_sites.ipynb #434d4836
+# %% ../nbs/api/02_sites.ipynb #8b2400d9
 import ast
 import functools
 import hashlib
@@ -16,7 +16,7 @@ import linecache
 import sys
 import types
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -116,7 +116,7 @@ def call_at(
     if definition is not None: walk(definition, True)
     return found[0] if len(found) == 1 else (None, False)
 
-# %% ../nbs/api/02_sites.ipynb #021856a0
+# %% ../nbs/api/02_sites.ipynb #79ad4cad
 def why_fixed(
     site:Site, # where a call stands
     name:str='', # what is called there, after its last dot
@@ -128,6 +128,8 @@ def why_fixed(
     if not isinstance(site.owner, nn.Module): return f'{method} is no method of a module'
     if isinstance(site.owner, fx.GraphModule): return 'it is a graph of torch.fx'
     if method in vars(site.owner): return f'{method} was set on this one module'
+    if any('__init_subclass__' in vars(c) for c in type(site.owner).__mro__ if c not in (object, Generic)):
+        return f'{type(site.owner).__name__} keeps track of its subclasses'
     if getattr(getattr(type(site.owner), method, None), '__code__', None) is not site.code:
         return f'{method} is decorated, or reached through super()'
     definition,_ = definition_of(site.code)

@@ -452,6 +452,17 @@ def test_a_source_that_is_not_what_runs_is_not_written_anew(tmp_path, monkeypatc
     sys.modules.pop('net_on_disk')
 
 
+def test_a_class_that_registers_its_subclasses_gets_none():
+    registry = {}
+    class Registered(nn.Module):
+        def __init_subclass__(cls): registry[cls.__name__] = cls
+    class Net(Registered):
+        def __init__(self): super().__init__(); self.fc, self.act = nn.Linear(4, 4), nn.ReLU()
+        def forward(self, x): return self.act(self.act(self.fc(x)))
+    report = patch_relus(model := Net(), torch.randn(2, 4))
+    assert 'keeps track of its subclasses' in report.rows[0].note and type(model) is Net and registry == {'Net': Net}
+
+
 def test_the_last_dimension_stays_the_last_whatever_their_number():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     patch_relus(model)
