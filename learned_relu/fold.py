@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from .act_layer import ActLayer
 from .batchnorm import unfuse_batchnorms
 from .layers import LeakyGradRelu
+from .patch_report import in_columns
 from .rewrite import is_edited
 from .sites import definition_of
 from .shift import Readers, shift_into
@@ -41,9 +42,7 @@ class FoldPlan:
     ): self.rows,self.notes = list(rows),list(notes)
     def __len__(self): return sum(bool(o.new) for o in self.rows)
     def __repr__(self):
-        table = [FoldRow._fields, *self.rows]
-        widths = [max(map(len, o)) for o in zip(*table)]
-        lines = ['  '.join(v.ljust(w) for v,w in zip(o, widths)).rstrip() for o in table]
+        lines = in_columns([FoldRow._fields, *self.rows])
         return '\n'.join([f'{len(self)} of {len(self.rows)} folded', '', *lines, *self.notes])
 
 class _Seen:
