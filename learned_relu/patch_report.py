@@ -11,7 +11,7 @@ __all__ = ['PatchRow', 'in_columns', 'PatchReport']
 import html
 from typing import NamedTuple
 
-# %% ../nbs/api/04_patch_report.ipynb #17ebf241
+# %% ../nbs/api/04_patch_report.ipynb #5a42b168
 class PatchRow(NamedTuple):
     "What happened to one activation, or to one of its calls."
     name:str # name in the model; all of them where it stands in several places
@@ -60,4 +60,5 @@ class PatchReport:
         def row(tag, cells): return ''.join(f'<{tag}>{html.escape("" if o is None else str(o))}</{tag}>' for o in cells)
         body = ''.join(f'<tr>{row("td", o)}</tr>' for o in self.rows)
         said = ''.join(f'<p>{html.escape(o)}</p>' for o in (self.summary(), *self.notes))
-        return f'{said}<table class="dataframe"><thead><tr>{row("th", PatchRow._fields)}</tr></thead><tbody>{body}</tbody></table>'
+        head = f'<tr>{row("th", PatchRow._fields)}</tr>'
+        return f'{said}<table class="dataframe"><thead>{head}</thead><tbody>{body}</tbody></table>'
