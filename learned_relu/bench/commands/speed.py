@@ -11,6 +11,7 @@ __all__ = ['measured', 'plot_speed', 'learned_relu_speed']
 import json
 import os
 import signal
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -61,14 +62,18 @@ def plot_speed(
 ): # figure
     "Time of each contestant as a ratio to the base of its work, with quartiles."
     works = list(dict.fromkeys(df.work))
-    sizes = [len(df[df.work == w]) for w in works]
-    fig,axs = plt.subplots(len(works), 1, figsize=(8, 1.2*len(works) + .26*sum(sizes)), squeeze=False,
-                           layout='constrained', height_ratios=[n + 1 for n in sizes])
-    for ax,w in zip(axs[:,0], works):
+    across = 1 if len(works) <= 6 else 3
+    sizes = [max(len(df[df.work == w]) for w in works[i:i + across]) for i in range(0, len(works), across)]
+    fig,axs = plt.subplots(len(sizes), across, figsize=(8 if across == 1 else 18, 1.2*len(sizes) + .26*sum(sizes)),
+                           squeeze=False, layout='constrained', height_ratios=[n + 1 for n in sizes])
+    for ax in axs.flat[len(works):]: ax.axis('off')
+    for ax,w in zip(axs.flat, works):
         d = df[df.work == w].iloc[::-1]
         ax.barh(d.name, d['median'], xerr=[d['median'] - d.low, d.high - d['median']], color='C0', ecolor='grey')
         ax.axvline(1, color='grey', ls=':')
-        ax.set(title=f'{w} ({d.rounds.iloc[0]} rounds)', xlabel=f'time, ratio to {d.name.iloc[-1]}')
+        title = f'{w} ({d.rounds.iloc[0]} rounds)'
+        ax.set_title(title if across == 1 else textwrap.fill(title, 55), fontsize=12 if across == 1 else 9)
+        ax.set(xlabel=f'time, ratio to {d.name.iloc[-1]}')
     return fig
 
 # %% ../../../nbs/api/37_bench.commands.speed.ipynb #95ee01a3
