@@ -1,5 +1,6 @@
 "One call on a learner: what it changes, what it must not, and the way back."
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -126,6 +127,16 @@ def test_one_callback_needs_no_list():
     from learned_relu.all import EMAActParams
     learn = plain().to_learned_relu(cbs=EMAActParams())
     assert [type(o) for o in learn.cbs][-1] is EMAActParams
+
+
+def test_an_optimizer_without_a_step_has_no_momentum_to_lose():
+    learn = make()
+    learn.model[1] = nn.ReLU(); learn.model[3] = nn.ReLU()
+    learn.freeze()  # as vision_learner does in its constructor
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.to_learned_relu(cbs=[])
+    assert {id(o.param) for o in act_params(learn.model)} <= {id(p) for ps in learn.opt.param_lists for p in ps}
 
 
 def test_there_and_back():
