@@ -29,7 +29,8 @@ def ensure_in_optimizer(
     if isinstance(learn.opt_func, OptimWrapper):
         raise ValueError(f'The optimizer was built before the model was patched and does not know {missing[0]}: patch first, or pass '
                          'opt_func=partial(OptimWrapper, opt=...) so that it can be made again')
-    if any(set(o) - {'do_wd', 'force_train'} for o in learn.opt.state.values()): # steps were made
+    state = getattr(learn.opt, 'opt', learn.opt).state # of the optimizer inside an `OptimWrapper`
+    if any(set(o) - {'do_wd', 'force_train'} for o in state.values()): # steps were made
         warnings.warn(f'{len(missing)} activation parameters ({missing[0]}, ...) were put in after the optimizer was '
                       'made: it is made again, without its momentum', stacklevel=2)
     hypers,frozen = learn.opt.hypers,learn.opt.frozen_idx
