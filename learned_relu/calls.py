@@ -124,7 +124,7 @@ _own = {f.__code__.co_filename for f in (_Watch.entered, Flow.read, calling_site
 
 # %% ../nbs/api/03_calls.ipynb #141b20e7
 def _tensors(o):
-    leaves = [o for o in tree_leaves(o)]
+    leaves = tree_leaves(o)
     inside = [t for o in leaves if not isinstance(o, Tensor) and hasattr(o, '__dict__') for t in tree_leaves(vars(o))]
     return [t for t in leaves + inside if isinstance(t, Tensor)]
 

@@ -228,8 +228,8 @@ def unpatch_relus(
     places = {m: ns for m,ns in places.items() if m in mine}
     if not places: raise ValueError(f'There is nothing to undo: {type(model).__name__} has no activation of ours')
     rows = []
+    restore(model) # first, since it may refuse
     unfuse_batchnorms(model)
-    restore(model)
     for m,names in places.items():
         old, = getattr(m, '_replaced', (nn.ReLU(),))
         for o in m if isinstance(m, Curves) else (m,):

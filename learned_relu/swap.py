@@ -50,12 +50,14 @@ def _close(model):
 def restore(
     model:nn.Module, # any model, changed in place
 ):
-    "Let every call of `model` go where its source says, and PyTorch take the paths that were closed."
+    """Let every call of `model` go where its source says, and PyTorch take the paths that were closed; `ValueError`,
+    changing nothing, where the class of a module was changed since."""
     for m in model.modules():
-        while is_edited(m): m.__class__ = type(m).__bases__[0]
-        if any('_edits' in vars(c) for c in type(m).__mro__):
+        if not is_edited(m) and any('_edits' in vars(c) for c in type(m).__mro__):
             raise ValueError(f'The class of a {type(m).__name__} was changed after it was patched, as parametrizations '
                              'do: take them off first')
+    for m in model.modules():
+        while is_edited(m): m.__class__ = type(m).__bases__[0]
         for k,v in vars(m).pop('_open_before', {}).items(): setattr(m, k, v)
 
 # %% ../nbs/api/04_swap.ipynb #8e387af2

@@ -534,3 +534,16 @@ def test_nothing_of_a_run_stays(tmp_path):
 
 class Calls1(Calls):
     def forward(self, x): return F.relu(self.fc(x))
+
+
+def test_taking_out_refuses_a_class_that_was_changed_since_and_changes_nothing():
+    model = nn.Sequential(Shared(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    patch_relus(model, X, fuse_bn=True)
+    owner = model[0]
+    owner.scale = nn.Parameter(torch.ones(1))
+    nn.utils.parametrize.register_parametrization(owner, 'scale', nn.Identity())
+    classes = {m: type(m) for m in model.modules()}
+    with pytest.raises(ValueError, match='take them off first'): unpatch_relus(model)
+    assert {m: type(m) for m in model.modules()} == classes and len(act_layers(model)) == 6
+    nn.utils.parametrize.remove_parametrizations(owner, 'scale')
+    assert len(unpatch_relus(model)) == 6 and type(owner) is Shared
