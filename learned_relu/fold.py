@@ -24,6 +24,7 @@ from .rewrite import is_edited
 from .sites import definition_of
 from .shift import Readers, shift_into
 from .standard import as_graph, as_module, steps_of
+from .swap import hand_on_hooks
 from .trace import dummy_input, is_compiled, places_of, put_module, run_once
 
 # %% ../nbs/api/07_fold.ipynb #c319e5fe
@@ -96,12 +97,8 @@ def _becomes(act, seen, taker, keep_caps):
         like = act.current(act.kinds[0])
         new = as_graph(steps, dim, dims, back, like.device, like.dtype)
     if back: notes.append('overwrites its input, as before')
-    _hand_on_hooks(act, new)
+    hand_on_hooks(act, new)
     return new, '; '.join(notes)
-
-def _hand_on_hooks(old, new):
-    for k,v in vars(old).items():
-        if 'hook' in k and ('forward' in k or 'backward' in k): vars(new)[k] = v
 
 def _taker(readers, act, seen):
     if 'sub' not in getattr(act, 'kinds', ()) or act.writes_back: return None
@@ -133,7 +130,7 @@ def _written_down(model):
         try: new = None if _decides(m) else fx.GraphModule(m, Leaves().trace(m), type(m).__name__)
         except Exception: new = None
         if new is None: left += names; continue
-        _hand_on_hooks(m, new)
+        hand_on_hooks(m, new)
         if names == ['']: model = new
         else: put_module(model, names, new)
         done += 1
