@@ -240,7 +240,7 @@ def test_helpers_leave_everything_as_it_was(tmp_path):
         learn.lr_find(num_it=12, show_plot=False)
         learn.model.train(); learn.summary()
     assert all(torch.equal(state[k], v) for k, v in learn.model.state_dict().items())
-    assert len(learn.act_telemetry.frame()) == rows == 10*6 and len(learn.metrics) == 0
+    assert len(learn.act_telemetry.frame()) == rows == 11*6 and len(learn.metrics) == 0
     with quiet(learn): learn.fit(1)
     assert learn.model[1].num_averaged == 30 and set(learn.act_telemetry.frame().fit) == {0, 1}
 

@@ -15,6 +15,7 @@ from learned_relu.layers import LearnedClip, LearnedRelu
 
 @pytest.fixture(autouse=True)
 def no_figure_stays_open():
+    plt.close('all')
     yield
     plt.close('all')
 

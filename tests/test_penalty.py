@@ -131,7 +131,7 @@ def test_helpers_and_nested_validation_leave_the_value_alone():
     for cbs in (), (ValidateInside(),):
         learn = smooth(ActGradPenalty(.5, nn.Tanh), lr=0.)
         with quiet(learn): learn.fit(1, cbs=list(cbs))
-        values.append(learn.act_grad_penalty.columns()['grad_penalty']())
+        values.append(learn.act_grad_penalty.told()['grad_penalty']())
     assert math.isfinite(values[0]) and values[0] == pytest.approx(values[1])
     with quiet(learn): learn.lr_find(num_it=6, show_plot=False); learn.validate(); learn.get_preds()
     assert len(learn.metrics) == 0
@@ -156,14 +156,14 @@ def test_after_an_error_nothing_more_is_kept_and_the_model_can_be_pickled(tmp_pa
     with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Fail())
     learn.remove_cb(Fail)
     with quiet(learn): learn.validate(); learn.get_preds()
-    assert len(learn.act_grad_penalty._outs) == 1
+    assert len(learn.act_grad_penalty._outs) == 0
     torch.save(learn.model, tmp_path/'model.pth')
 
 
 def test_a_step_that_overflowed_is_left_out_of_the_value():
     learn = smooth(ActGradPenalty(.5, nn.Tanh), lr=0.)
     with quiet(learn): learn.fit(1)
-    value = learn.act_grad_penalty.columns()['grad_penalty']
+    value = learn.act_grad_penalty.told()['grad_penalty']
     before = value()
     learn.act_grad_penalty._values.append(torch.tensor(math.inf))
     assert value() == before
@@ -176,7 +176,7 @@ def test_one_tensor_counts_once_and_a_change_in_place_is_named():
     both = smooth(ActGradPenalty(.5, '[23]'), lr=0.)
     for o in nested, look, both:
         with quiet(o): o.fit(1)
-    values = [o.act_grad_penalty.columns()['grad_penalty']() for o in (nested, look, both)]
+    values = [o.act_grad_penalty.told()['grad_penalty']() for o in (nested, look, both)]
     assert values[0] == pytest.approx(values[2]) and values[1] < values[2]
     changed = smooth(ActGradPenalty(.5, nn.Linear))
     changed.model[1] = nn.ReLU(inplace=True)

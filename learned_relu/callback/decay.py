@@ -11,6 +11,8 @@ __all__ = ['NoDecayActParams']
 import torch
 from fastai.optimizer import OptimWrapper
 
+from .._torch import copy_each
+
 from .core import ActCallback, act_order
 from ..params import act_params, activation_weights
 
@@ -18,14 +20,16 @@ from ..params import act_params, activation_weights
 class NoDecayActParams(ActCallback):
     "No weight decay on activation parameters, and their own learning-rate multiplier."
     order = act_order(1)
+    fleeting = (*ActCallback.fleeting, '_groups', '_before', '_weights', '_ours')
+    _groups,_before,_weights,_ours = None,(),(),()
+
     def __init__(self,
         lr_mult:float=1., # the step of activation parameters is multiplied by this; 0 or more
     ):
         if not 0 <= lr_mult < float('inf'): raise ValueError(f'lr_mult is {lr_mult}: pass a finite number, 0 or more')
-        self.lr_mult,self._groups,self._before = lr_mult,None,None
+        self.lr_mult = lr_mult
 
     def begin(self):
-        self._restore() # a step that was interrupted left the groups split
         self._weights = activation_weights(self.learn.model)
         self._ours = [o.param for o in act_params(self.learn.model)] if self.lr_mult != 1 else []
         if isinstance(self.opt, OptimWrapper): return
@@ -52,6 +56,7 @@ class NoDecayActParams(ActCallback):
         self._groups = None
 
     def cancelled(self): self._restore()
+    def end(self): self._restore() # a step that was interrupted
 
     def after_cancel_batch(self):
         "Put the groups back also where another callback called off the whole batch."
@@ -60,4 +65,4 @@ class NoDecayActParams(ActCallback):
     @torch.no_grad()
     def stepped(self):
         self._restore()
-        for p,old in zip(self._ours, self._before): p.copy_(old + self.lr_mult*(p - old))
+        if self._before: copy_each(self._ours, [old + self.lr_mult*(p - old) for p,old in zip(self._ours, self._before)])

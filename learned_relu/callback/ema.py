@@ -7,25 +7,37 @@ Docs: https://learned-relu.github.io/learned_relu/api/callback.ema.html.md"""
 # %% auto #0
 __all__ = ['EMAActParams']
 
-# %% ../../nbs/api/22_callback.ema.ipynb #cd419dde
+# %% ../../nbs/api/22_callback.ema.ipynb #df745c87
 import warnings
 
+from ..averages import check_decay, update_averages
 from .core import ActCallback, act_order
 from ..params import act_layers
 
-# %% ../../nbs/api/22_callback.ema.ipynb #af3a2814
+# %% ../../nbs/api/22_callback.ema.ipynb #74d3b832
 class EMAActParams(ActCallback):
     "Keep moving averages of activation parameters, updated after every optimizer step."
     order = act_order(4)
+    fleeting = (*ActCallback.fleeting, '_layers')
+    _layers = ()
+
     def __init__(self,
         decay:float=0.99, # share of the old average that each step keeps, in [0, 1)
+        warm_up:bool=False, # keep less of it in the first steps: at most (1 + n)/(10 + n) after n updates
+        start_epoch:int=0, # epoch of each fit that averages begin with, 0 or more; what an earlier fit averaged is forgotten then
     ):
-        if not 0 <= decay < 1: raise ValueError(f'decay is {decay}: pass a number in [0, 1), the share of the old average to keep')
-        self.decay,self._layers = decay,[]
+        check_decay(decay)
+        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
+            raise ValueError(f'start_epoch is {start_epoch!r}: pass a whole number, 0 or more')
+        self.decay,self.warm_up,self.start_epoch = decay,warm_up,start_epoch
 
     def begin(self):
         self._layers = list(act_layers(self.learn.model).values())
         if not self._layers: warnings.warn('EMAActParams has nothing to do: the model has no learned activation parameter', stacklevel=2)
+        if self.epoch < self.start_epoch: # until then evaluation reads the parameters
+            for m in self._layers: m.reset_averages()
+        if self.start_epoch >= self.learn.n_epoch:
+            warnings.warn(f'EMAActParams has nothing to do: start_epoch is {self.start_epoch}, and the fit has {self.learn.n_epoch} epochs', stacklevel=2)
 
     def stepped(self):
-        for m in self._layers: m.update_averages(self.decay)
+        if self.epoch >= self.start_epoch: update_averages(self._layers, self.decay, self.warm_up)

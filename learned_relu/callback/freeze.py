@@ -7,43 +7,76 @@ Docs: https://learned-relu.github.io/learned_relu/api/callback.freeze.html.md"""
 # %% auto #0
 __all__ = ['FreezeActParams']
 
-# %% ../../nbs/api/23_callback.freeze.ipynb #bd5240f3
+# %% ../../nbs/api/23_callback.freeze.ipynb #72370d22
+import math
+
 import torch
 
 from .core import ActCallback, act_order
+from ..flat import Flat, alike
 from ..params import act_layers, act_params
 
-# %% ../../nbs/api/23_callback.freeze.ipynb #44797a78
+# %% ../../nbs/api/23_callback.freeze.ipynb #6be0a80a
 class FreezeActParams(ActCallback):
     "Hold activation parameters fixed from `after` of the training on."
     order = act_order(2)
+    fleeting = (*ActCallback.fleeting, '_pinned')
+    _pinned = None
+
     def __init__(self,
-        after:float=0.5, # fraction of the fit that trains them, in [0, 1]
+        after:float=0.5, # fraction of the training, in [0, 1]
         at:str='value', # where to hold them: at their 'value', or at their 'average', which needs EMAActParams
+        epochs:float=None, # what `after` is a fraction of: so many epochs over several fits, above 0; None for each fit by itself
     ):
         if not 0 <= after <= 1: raise ValueError(f'after is {after}: pass a fraction of the training, in [0, 1]')
         if at not in ('value', 'average'): raise ValueError(f"at is {at!r}: pass 'value' or 'average'")
-        self.after,self.at,self._pinned = after,at,None
+        if epochs is not None and not 0 < epochs < math.inf:
+            raise ValueError(f'epochs is {epochs}: pass the number of epochs of all fits together, or None for each fit by itself')
+        self.after,self.at,self.epochs,self._past,self._trained = after,at,epochs,0.,0.
+
+    @property
+    def frozen(self): return self._pinned is not None
 
     def begin(self):
-        self._pinned = None
-        averaged = hasattr(self.learn, 'ema_act_params') or all(m.num_averaged > 0 for m in act_layers(self.learn.model).values())
+        self._past,self._trained,self._pinned = self._past + self._trained,0.,None
+        averaged = hasattr(self.learn, 'ema_act_params') or all(m.updates() for m in act_layers(self.learn.model).values())
         if self.at == 'average' and not averaged:
             raise ValueError("at='average' freezes at averages, and there are none: add EMAActParams to the callbacks, or pass at='value'")
 
-    @torch.no_grad()
+    def _time_has_come(self):
+        now = self.pct_train if self.epochs is None else (self._past + self.pct_train*self.n_epoch)/self.epochs
+        return now >= self.after - 1e-6 # sums of steps fall short by rounding
+
+    def _held(self, o):
+        return getattr(o.layer, f'{o.kind}_avg') if self.at == 'average' and o.layer.updates() else o.param
+
     def _pin(self):
-        acts = act_params(self.learn.model)
-        if self.at == 'average':
-            for o in acts:
-                if o.layer.num_averaged > 0: o.param.copy_(getattr(o.layer, f'{o.kind}_avg'))
-        self._pinned = [(o.param, o.param.detach().clone()) for o in acts]
+        self._pinned = []
+        for acts in alike(act_params(self.learn.model)):
+            params = [o.param for o in acts]
+            room = Flat(params)
+            room.gather([self._held(o) for o in acts])
+            self._pinned.append((params, room))
 
     def before_step(self):
         "Take the gradients away once the time has come."
-        if self._pinned is None and self.pct_train >= self.after - 1e-6: self._pin() # sums of steps fall short by rounding
-        for p,_ in self._pinned or []: p.grad = None
+        if self._time_has_come() and not self.frozen: self._pin()
+        for params,_ in self._pinned or ():
+            for p in params: p.grad = None
 
-    @torch.no_grad()
     def stepped(self):
-        for p,v in self._pinned or []: p.copy_(v)
+        for params,room in self._pinned or (): room.scatter(params)
+
+    def after_batch(self):
+        "Count what was trained."
+        self._trained = self.pct_train*self.n_epoch
+
+    def state_dict(self): # what a resumed training needs to freeze at the same moment
+        "The epochs of earlier fits."
+        return dict(past=self._past)
+
+    def load_state_dict(self,
+        state:dict, # as `state_dict` returned it
+    ):
+        "Go on counting epochs; load it once the fit has begun."
+        self._past = state['past']

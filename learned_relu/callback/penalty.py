@@ -35,21 +35,24 @@ def act_grad_penalty(
 class ActGradPenalty(ActCallback):
     "Add `weight * sum of (d loss / d a)^2` to the loss, over the outputs `a` of chosen layers."
     order = GradientAccumulation.order - 1
+    fleeting = (*ActCallback.fleeting, '_watched', '_hooks', '_outs')
+    _watched,_hooks,_outs,_values = (),(),{},()
+
     def __init__(self,
         weight:float, # factor of the penalty, positive
         layers=None, # a class or a tuple of classes, a glob of module names, or None for every curve
+        columns:bool=True, # show its mean in the progress table
     ):
         if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight > 0):
             raise ValueError(f'weight is {weight!r}: pass a positive number')
         if not (layers is None or isinstance(layers, (str, type, tuple))):
             raise TypeError(f'layers is {layers!r}: pass a class, a tuple of classes, a glob of module names, or None for every curve')
-        self.weight,self.layers = weight,ActLayer if layers is None else layers
-        self.after_batch()
+        self.weight,self.layers,self.columns = weight,ActLayer if layers is None else layers,columns
 
     def _chosen(self, name, module):
         return fnmatch(name, self.layers) if isinstance(self.layers, str) else isinstance(module, self.layers)
 
-    def columns(self): return dict(grad_penalty=self._mean)
+    def told(self): return dict(grad_penalty=self._mean) if self.columns else {}
     def _mean(self):
         v = torch.stack(self._values) if self._values else torch.zeros(0)
         return v[v.isfinite()].mean().item() # an overflow in mixed precision is a step that is skipped
@@ -66,9 +69,10 @@ class ActGradPenalty(ActCallback):
         "Start a new average."
         if not self.learn.lock.locked(): self._values = []
 
-    def before_batch(self):
+    def batch(self):
         "Watch the chosen layers."
         self.after_batch()
+        self._outs = {}
         self._hooks = [m.register_forward_hook(self._keep) for m in self._watched]
 
     def _keep(self, m, args, out):
@@ -88,5 +92,7 @@ class ActGradPenalty(ActCallback):
 
     def after_batch(self):
         "Stop watching."
-        for h in getattr(self, '_hooks', ()): h.remove()
-        self._hooks,self._outs = [],{}
+        for h in self._hooks: h.remove()
+        self._hooks,self._outs = (),{}
+
+    def end(self): self.after_batch()
