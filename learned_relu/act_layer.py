@@ -125,6 +125,12 @@ class _Values(Averaged):
         res += ''.join(f', {k}={v[0].item():.4g}' for k,v in fixed.items() if v.unique().numel() == 1)
         return res + (f', channel_dim={self.channel_dim}' if self.channel_dim != 1 else '')
 
+    @property
+    def weight(self): # there while fastai's summary looks, which counts the parameters of modules that have one
+        looks = (getattr(getattr(o, '__self__', None), 'hook_func', None) for o in self._forward_hooks.values())
+        if any(getattr(o, '__qualname__', '').startswith('layer_info.') for o in looks): return None
+        raise AttributeError(f'{type(self).__name__} has no weight: its values are {self.kinds}')
+
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b03
 class ActLayer(_Values):
     "Abstract layer: values of named kinds, learned or fixed, with averages; subclasses implement `curve`."

@@ -67,11 +67,8 @@ class _Kept(nn.Module):
             if k in missing: avg.copy_(whole(p, avg))
         if 'num_averaged' in missing: self.num_averaged = torch.zeros_like(self.num_averaged, device=p.device)
 
-# %% ../nbs/api/01_averages.ipynb #7d1f0c01
-def _differ(those, these): return not all(torch.equal(whole(a), whole(b)) for a,b in zip(those, these))
-
-class Averaged(_Kept):
-    "Abstract layer: parameters, some of which have averages in buffers, which `eval()` reads once there are any."
+# %% ../nbs/api/01_averages.ipynb #a17b0001
+class _Read(_Kept):
     def current(self,
         kind:str, # name of a value of the layer
     ) -> Tensor: # the parameter in training, its average in evaluation once there is one
@@ -89,6 +86,16 @@ class Averaged(_Kept):
         if self._counted[:2] != key: self._counted = *key,int(n)
         return self._counted[2]
 
+    def _moved(self): # by one update that counted itself
+        self._counted = self.num_averaged,self.num_averaged._version,self._counted[2] + 1
+        self._entered = None
+
+# %% ../nbs/api/01_averages.ipynb #7d1f0c01
+def _differ(those, these): return not all(torch.equal(whole(a), whole(b)) for a,b in zip(those, these))
+
+class Averaged(_Read):
+    "Abstract layer: parameters, some of which have averages in buffers, which `eval()` reads once there are any."
+
     @torch.no_grad()
     def update_averages(self,
         decay:float, # share of the old average that is kept, in [0, 1)
@@ -100,10 +107,6 @@ class Averaged(_Kept):
             avg = getattr(self, f'{k}_avg')
             avg.lerp_(whole(getattr(self, k), avg).to(avg.dtype), weight.to(avg.dtype))
         self.num_averaged += 1
-        self._entered = None
-
-    def _moved(self): # by one update that counted itself
-        self._counted = self.num_averaged,self.num_averaged._version,self._counted[2] + 1
         self._entered = None
 
     @torch.no_grad()
@@ -135,14 +138,15 @@ def check_decay(
     decay:float, # share of the old average that each update keeps
 ):
     "Raise `ValueError` unless `decay` is in [0, 1)."
-    if not 0 <= decay < 1: raise ValueError(f'decay is {decay}: pass a number in [0, 1), the share of the old average to keep')
+    if not 0 <= decay < 1:
+        raise ValueError(f'decay is {decay}: pass a number in [0, 1), the share of the old average to keep')
 
 def decay_after(
     n:int, # updates so far
     decay:float, # share of the old average that each update keeps in the end, in [0, 1)
     warm_up:bool=False, # keep less while there were few updates
 ) -> float: # share that the next update keeps; 0 where it is the first
-    "How much of the old average to keep, with the warm-up of torch_ema (`ExponentialMovingAverage(use_num_updates=True)`)."
+    "How much of the old average to keep; the warm-up is that of torch_ema's `ExponentialMovingAverage`."
     if n == 0: return 0.
     return min(decay, (1 + n)/(10 + n)) if warm_up else decay
 

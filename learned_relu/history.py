@@ -27,6 +27,7 @@ def _ends(grid):
     pad = max(0., .001*abs(seen).max() - (high - low))/2
     return low - pad, high + pad
 
+# %% ../nbs/api/05_history.ipynb #5b170000
 def hardly_moved(
     one, # `DataFrame` with columns layer, step and mean, of one kind; of min, max and grad too, if known
 ) -> str: # empty where some layer moved by more than a thousandth
@@ -42,14 +43,17 @@ def _mark(ax, history):
     for at in begins: ax.axvline(at, color='grey', lw=1)
     if 'epoch' in history and 'fit' in history:
         epochs = history.groupby(['fit', 'epoch']).step.min()
-        for at in set(epochs) - {*begins, epochs.iloc[0]} if len(epochs) <= 30 else (): ax.axvline(at, color='grey', lw=.7, ls=':')
+        inner = set(epochs) - {*begins, epochs.iloc[0]} if len(epochs) <= 30 else ()
+        for at in inner: ax.axvline(at, color='grey', lw=.7, ls=':')
     if 'frozen' not in history: return
     held = history.groupby('step').frozen.all()
     run = (held != held.shift()).cumsum()
-    for _,steps in held[held].groupby(run): ax.axvspan(steps.index[0], steps.index[-1], color='grey', alpha=.15, lw=0, label='frozen')
+    for _,steps in held[held].groupby(run):
+        ax.axvspan(steps.index[0], steps.index[-1], color='grey', alpha=.15, lw=0, label='frozen')
 
+# %% ../nbs/api/05_history.ipynb #5b170001
 def plot_means(
-    history, # `DataFrame` with columns layer, step, kind and mean, layers in the order of the model; fit, epoch and frozen are marked
+    history, # `DataFrame` with columns layer, step, kind and mean, and perhaps fit, epoch and frozen; layers in order
     kinds=None, # kinds to draw; None draws all
 ): # array of axes, one per kind
     "Mean of each layer against the step, from the first layer (dark) to the last (light)."

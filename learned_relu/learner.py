@@ -20,14 +20,14 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .callback.clamp import ClampActParams
-from .callback.core import ensure_in_optimizer
+from .callback.core import ActCallback, ensure_in_optimizer
 from .callback.decay import NoDecayActParams
 from .callback.ema import EMAActParams
 from .callback.freeze import FreezeActParams
 from .callback.telemetry import ActTelemetry
 from .layers import LearnedRelu
 from .params import act_layers
-from .patch import batches_counted, patch_relus, unpatch_relus
+from .patch import AlreadyPatched, batches_counted, patch_relus, unpatch_relus
 
 # %% ../nbs/api/29_learner.ipynb #3b9faecd
 @contextmanager
@@ -54,7 +54,7 @@ def sample_inputs(
         n = getattr(dl, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in b[:n])
 
-# %% ../nbs/api/29_learner.ipynb #0cf82eb3
+# %% ../nbs/api/29_learner.ipynb #29a17001
 _ours = NoDecayActParams, ClampActParams, EMAActParams, FreezeActParams, ActTelemetry
 
 def _check_starts(model, clamp, given, kwargs):
@@ -72,6 +72,20 @@ def _defaults(layer):
     takes = inspect.signature(layer).parameters
     return {k: takes[k].default for k in getattr(layer, 'bounds', ()) if k in takes and takes[k].default is not None}
 
+_again = 'The curves were there already and stay as they are, with the callbacks of this call: ' \
+         'learn.to_relu() first begins anew'
+
+def _chosen(learn, cbs): # the learner's own before our defaults, what is given here before the learner's own
+    if cbs is not None: return [o() if isinstance(o, type) else o for o in L(cbs)]
+    usual = NoDecayActParams, ClampActParams, EMAActParams, ActTelemetry
+    return [o() for o in usual if not learn._grab_cbs(o)]
+
+def _put_in(learn, cbs, said):
+    for o in cbs:
+        if isinstance(o, ActCallback): learn.remove_cb(type(o))
+    if said: warnings.warn(said, stacklevel=3)
+    return learn.add_cbs(cbs)
+
 @torch.no_grad()
 def _start_inside(model, clamp):
     "A cap that is not there starts at the highest that the bounds allow."
@@ -79,32 +93,34 @@ def _start_inside(model, clamp):
         for k in m.learn: getattr(m, k).clamp_(*clamp.bounds_of(type(m), k))
         m.reset_averages()
 
+# %% ../nbs/api/29_learner.ipynb #0cf82eb3
 @patch
 def to_learned_relu(self:Learner,
     leak:float=None, # starting slope of the negative side, no unit; None for .05, or as it stood in a trained model
     sub:float=None, # starting shift down, in units of the activation; None for .25, or 0 in a trained model
     maxv:float=None, # starting cap, in units of the activation; None for 10, or none in a trained model
     per_channel:bool=True, # one value per channel (True), or per layer
-    cbs=None, # callbacks to add; None adds NoDecayActParams, ClampActParams, EMAActParams and ActTelemetry
+    cbs=None, # callbacks to add, in place of those of the same class; None adds those that are not there yet
     sample=None, # inputs to run once; None takes a batch, leaving every random generator as it was
     **kwargs # passed on to `patch_relus`, for example `exclude` or `init`
 ) -> Learner: # self
-    """Replace the ReLUs of the model by learned ones and add the callbacks that keep them; `ValueError` where none
-    would learn or one start outside its bounds, and a warning where fewer than half of the calls learn."""
-    cbs = [NoDecayActParams(), ClampActParams(), EMAActParams(), ActTelemetry()] if cbs is None else L(cbs)
-    clamp = next((o for o in cbs if isinstance(o, ClampActParams)), None)
+    """Replace the ReLUs of the model by learned ones and add the callbacks that keep them: NoDecayActParams,
+    ClampActParams, EMAActParams and ActTelemetry; `ValueError` where none would learn or one start outside its
+    bounds, and a warning where fewer than half of the calls learn, or the curves were there already."""
+    cbs = _chosen(self, cbs)
+    clamp = next((o for o in (*cbs, *self.cbs) if isinstance(o, ClampActParams)), None)
     given = {k: v for k,v in dict(leak=leak, sub=sub, maxv=maxv).items() if v is not None}
     if clamp: _check_starts(self.model, clamp, given, kwargs)
     sample = sample_inputs(self) if sample is None else sample
-    report = patch_relus(self.model, sample=sample, per_channel=per_channel, **given, **kwargs)
+    try: report = patch_relus(self.model, sample=sample, per_channel=per_channel, **given, **kwargs)
+    except AlreadyPatched: return _put_in(self, cbs, _again)
     if not len(report): raise ValueError(f'No activation would learn:\n{report}')
     try: ensure_in_optimizer(self)
     except ValueError: unpatch_relus(self.model); raise
     if clamp: _start_inside(self.model, clamp)
-    if report.learning < report.calls/2:
-        warnings.warn(f'{report.summary()}. learn.relu_report says which and why', stacklevel=2)
     self.relu_report = report
-    return self.add_cbs(cbs)
+    few = report.learning < report.calls/2
+    return _put_in(self, cbs, f'{report.summary()}. learn.relu_report says which and why' if few else '')
 
 # %% ../nbs/api/29_learner.ipynb #282b151e
 @patch

@@ -39,34 +39,36 @@ def _kept_from(old, new):
 def ensure_in_optimizer(
     learn:Learner, # with or without an optimizer
 ):
-    "Make the optimizer again if it lacks activation parameters; `ValueError` where that cannot be, or where it would lack them again."
+    "Make the optimizer again if it lacks activation parameters; `ValueError` where it cannot or would lack them again."
     if learn.opt is None: return
     missing = _left_out(learn)
     if not missing: return
     if isinstance(learn.opt_func, OptimWrapper):
-        raise ValueError(f'The optimizer was built before the model was patched and does not know {missing[0]}: patch first, or pass '
-                         'opt_func=partial(OptimWrapper, opt=...) so that it can be made again')
+        raise ValueError(f'The optimizer was built before the model was patched and does not know {missing[0]}: '
+                         'patch first, or pass opt_func=partial(OptimWrapper, opt=...) so that it can be made again')
     old = learn.opt
     learn.create_opt()
     if still := _left_out(learn):
         learn.opt = old
-        raise ValueError(f'The splitter of the learner leaves out {len(still)} activation parameters ({", ".join(still[:3])}, ...), which '
-                         'would never learn: let each of its groups be `params` of whole parts of the model, for example '
-                         'splitter=lambda m: [params(m[0]), params(m[1:])], or patch with learn=() to keep them fixed')
+        raise ValueError(f'The splitter of the learner leaves out {len(still)} activation parameters '
+                         f'({", ".join(still[:3])}, ...), which would never learn: let each of its groups be `params` '
+                         'of whole parts of the model, for example splitter=lambda m: [params(m[0]), params(m[1:])], '
+                         'or patch with learn=() to keep them fixed')
     if _steps_were_made(old):
         warnings.warn(f'{len(missing)} activation parameters ({missing[0]}, ...) were put in after the optimizer was '
                       'made: it is made again, without its momentum', stacklevel=2)
     _kept_from(old, learn.opt)
 
-# %% ../../nbs/api/19_callback.core.ipynb #15ce5072
+# %% ../../nbs/api/19_callback.core.ipynb #19a17001
 def act_order(
     place:int, # 1 (first) to 8 among the callbacks of this library
 ) -> float: # an `order` between those of `MixedPrecision` and `GradientClip`
     "Where a callback of ours stands: after unscaling, before clipping."
     return MixedPrecision.order + place/10
 
+# %% ../../nbs/api/19_callback.core.ipynb #15ce5072
 class ActCallback(Callback):
-    "Abstract callback on activation parameters: subclasses implement some of `begin`, `batch`, `stepped`, `cancelled`, `end` and `told`."
+    "Abstract callback on activation parameters; subclasses implement what of `begin` to `told` they need."
     run_valid = False
     fleeting = '_fresh','_skipped' # attributes for the length of a fit: not pickled; after it, those of the class count
     _fresh,_skipped = True,False
@@ -75,8 +77,13 @@ class ActCallback(Callback):
     def batch(self): pass # abstract: a batch begins
     def stepped(self): pass # abstract: the optimizer made a step
     def cancelled(self): pass # abstract: the step was called off
-    def end(self): pass # abstract: the fit is over, whatever ended it
-    def told(self): return {} # abstract: name of a column in the progress table -> function that tells its value at the end of an epoch
+    def end(self): pass # abstract: the fit is over, whatever ended it; `learn` may be gone by then
+    def told(self): return {} # abstract: column of the progress table -> function that tells its value after an epoch
+
+    def nothing_to_do(self):
+        "Warn that the model has none of ours."
+        warnings.warn(f'{type(self).__name__} has nothing to do: the model has no learned activation parameter',
+                      stacklevel=3)
 
     def before_train(self):
         "Call `begin` once per fit."
@@ -149,7 +156,8 @@ def only_the_last(
     last = {type(o): o for o in _ours(learn.cbs)}
     for o in _ours(learn.cbs):
         if last[type(o)] is o: continue
-        warnings.warn(f'{type(o).__name__} was added to the learner more than once: the one added last stays', stacklevel=3)
+        warnings.warn(f'{type(o).__name__} was added to the learner more than once: the one added last stays',
+                      stacklevel=3)
         learn.remove_cb(o)
         setattr(learn, o.name, last[type(o)])
 

@@ -65,4 +65,5 @@ class NoDecayActParams(ActCallback):
     @torch.no_grad()
     def stepped(self):
         self._restore()
-        if self._before: copy_each(self._ours, [old + self.lr_mult*(p - old) for p,old in zip(self._ours, self._before)])
+        if not self._before: return
+        copy_each(self._ours, [old + self.lr_mult*(p - old) for p,old in zip(self._ours, self._before)])

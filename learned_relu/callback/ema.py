@@ -24,7 +24,7 @@ class EMAActParams(ActCallback):
     def __init__(self,
         decay:float=0.99, # share of the old average that each step keeps, in [0, 1)
         warm_up:bool=False, # keep less of it in the first steps: at most (1 + n)/(10 + n) after n updates
-        start_epoch:int=0, # epoch of each fit that averages begin with, 0 or more; what an earlier fit averaged is forgotten then
+        start_epoch:int=0, # epoch of each fit that averages begin with, 0 or more; above 0 earlier ones are forgotten
     ):
         check_decay(decay)
         if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
@@ -33,11 +33,12 @@ class EMAActParams(ActCallback):
 
     def begin(self):
         self._layers = list(act_layers(self.learn.model).values())
-        if not self._layers: warnings.warn('EMAActParams has nothing to do: the model has no learned activation parameter', stacklevel=2)
+        if not self._layers: self.nothing_to_do()
         if self.epoch < self.start_epoch: # until then evaluation reads the parameters
             for m in self._layers: m.reset_averages()
         if self.start_epoch >= self.learn.n_epoch:
-            warnings.warn(f'EMAActParams has nothing to do: start_epoch is {self.start_epoch}, and the fit has {self.learn.n_epoch} epochs', stacklevel=2)
+            warnings.warn(f'EMAActParams has nothing to do: start_epoch is {self.start_epoch}, '
+                          f'and the fit has {self.learn.n_epoch} epochs', stacklevel=2)
 
     def stepped(self):
         if self.epoch >= self.start_epoch: update_averages(self._layers, self.decay, self.warm_up)

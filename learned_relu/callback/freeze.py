@@ -11,6 +11,7 @@ __all__ = ['FreezeActParams']
 import math
 
 import torch
+from fastcore.basics import patch
 
 from .core import ActCallback, act_order
 from ..flat import Flat, alike
@@ -26,12 +27,13 @@ class FreezeActParams(ActCallback):
     def __init__(self,
         after:float=0.5, # fraction of the training, in [0, 1]
         at:str='value', # where to hold them: at their 'value', or at their 'average', which needs EMAActParams
-        epochs:float=None, # what `after` is a fraction of: so many epochs over several fits, above 0; None for each fit by itself
+        epochs:float=None, # `after` is a fraction of so many epochs over several fits, above 0; None for each fit
     ):
         if not 0 <= after <= 1: raise ValueError(f'after is {after}: pass a fraction of the training, in [0, 1]')
         if at not in ('value', 'average'): raise ValueError(f"at is {at!r}: pass 'value' or 'average'")
         if epochs is not None and not 0 < epochs < math.inf:
-            raise ValueError(f'epochs is {epochs}: pass the number of epochs of all fits together, or None for each fit by itself')
+            raise ValueError(f'epochs is {epochs}: pass the number of epochs of all fits together, '
+                             'or None for each fit by itself')
         self.after,self.at,self.epochs,self._past,self._trained = after,at,epochs,0.,0.
 
     @property
@@ -39,9 +41,10 @@ class FreezeActParams(ActCallback):
 
     def begin(self):
         self._past,self._trained,self._pinned = self._past + self._trained,0.,None
-        averaged = hasattr(self.learn, 'ema_act_params') or all(m.updates() for m in act_layers(self.learn.model).values())
-        if self.at == 'average' and not averaged:
-            raise ValueError("at='average' freezes at averages, and there are none: add EMAActParams to the callbacks, or pass at='value'")
+        if self.at == 'value' or hasattr(self.learn, 'ema_act_params'): return
+        if not all(m.updates() for m in act_layers(self.learn.model).values()):
+            raise ValueError("at='average' freezes at averages, and there are none: add EMAActParams to the callbacks, "
+                             "or pass at='value'")
 
     def _time_has_come(self):
         now = self.pct_train if self.epochs is None else (self._past + self.pct_train*self.n_epoch)/self.epochs
@@ -58,25 +61,31 @@ class FreezeActParams(ActCallback):
             room.gather([self._held(o) for o in acts])
             self._pinned.append((params, room))
 
-    def before_step(self):
-        "Take the gradients away once the time has come."
-        if self._time_has_come() and not self.frozen: self._pin()
-        for params,_ in self._pinned or ():
-            for p in params: p.grad = None
+# %% ../../nbs/api/23_callback.freeze.ipynb #5b170000
+@patch
+def before_step(self:FreezeActParams):
+    "Take the gradients away once the time has come."
+    if self._time_has_come() and not self.frozen: self._pin()
+    for params,_ in self._pinned or ():
+        for p in params: p.grad = None
 
-    def stepped(self):
-        for params,room in self._pinned or (): room.scatter(params)
+@patch
+def stepped(self:FreezeActParams):
+    for params,room in self._pinned or (): room.scatter(params)
 
-    def after_batch(self):
-        "Count what was trained."
-        self._trained = self.pct_train*self.n_epoch
+@patch
+def after_batch(self:FreezeActParams):
+    "Count what was trained."
+    self._trained = self.pct_train*self.n_epoch
 
-    def state_dict(self): # what a resumed training needs to freeze at the same moment
-        "The epochs of earlier fits."
-        return dict(past=self._past)
+@patch
+def state_dict(self:FreezeActParams): # what a resumed training needs to freeze at the same moment
+    "The epochs of earlier fits."
+    return dict(past=self._past)
 
-    def load_state_dict(self,
-        state:dict, # as `state_dict` returned it
-    ):
-        "Go on counting epochs; load it once the fit has begun."
-        self._past = state['past']
+@patch
+def load_state_dict(self:FreezeActParams,
+    state:dict, # as `state_dict` returned it
+):
+    "Go on counting epochs; load it once the fit has begun."
+    self._past = state['past']

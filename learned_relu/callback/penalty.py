@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 
 import torch
 from fastai.callback.training import GradientAccumulation
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..act_layer import ActLayer
@@ -24,9 +25,9 @@ from ..trace import is_compiled
 def act_grad_penalty(
     loss:Tensor, # a scalar
     activations:list, # tensors that `loss` was computed from
-    scale:Tensor=None, # the loss is multiplied by this on its way back, and the gradients divided by it: for float16, in which they would be 0
+    scale:Tensor=None, # gradients are computed of the loss times this, then divided: in float16 they would be 0
 ) -> Tensor: # a scalar, float32 or wider, differentiable
-    "Sum of the squares of the gradients of `loss` with respect to `activations`; those it does not depend on count nothing."
+    "Sum of the squares of the gradients of `loss` with respect to `activations`, 0 for those it does not depend on."
     gs = torch.autograd.grad(loss if scale is None else loss*scale, activations, create_graph=True, allow_unused=True)
     wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gs if g is not None]
     return sum(((g if scale is None else g/scale).pow(2).sum() for g in wide), loss.new_zeros(()))
@@ -46,7 +47,8 @@ class ActGradPenalty(ActCallback):
         if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight > 0):
             raise ValueError(f'weight is {weight!r}: pass a positive number')
         if not (layers is None or isinstance(layers, (str, type, tuple))):
-            raise TypeError(f'layers is {layers!r}: pass a class, a tuple of classes, a glob of module names, or None for every curve')
+            raise TypeError(f'layers is {layers!r}: pass a class, a tuple of classes, a glob of module names, '
+                            'or None for every curve')
         self.weight,self.layers,self.columns = weight,ActLayer if layers is None else layers,columns
 
     def _chosen(self, name, module):
@@ -60,39 +62,52 @@ class ActGradPenalty(ActCallback):
     def begin(self):
         model = self.learn.model
         if is_compiled(model):
-            raise ValueError('The model is compiled, and a compiled backward pass cannot be differentiated again: train without torch.compile')
+            raise ValueError('The model is compiled, and a compiled backward pass cannot be differentiated again: '
+                             'train without torch.compile')
         self._watched = [m for n,m in inner_model(model).named_modules() if n and self._chosen(n, m)]
         if not self._watched:
-            raise ValueError(f'No module of {type(model).__name__} is chosen by layers={self.layers!r}: pass a class such as nn.ReLU, or a glob of names')
+            raise ValueError(f'No module of {type(model).__name__} is chosen by layers={self.layers!r}: '
+                             'pass a class such as nn.ReLU, or a glob of names')
 
-    def before_epoch(self):
-        "Start a new average."
-        if not self.learn.lock.locked(): self._values = []
+# %% ../../nbs/api/25_callback.penalty.ipynb #25a17002
+@patch
+def before_epoch(self:ActGradPenalty):
+    "Start a new average."
+    if not self.learn.lock.locked(): self._values = []
 
-    def batch(self):
-        "Watch the chosen layers."
-        self.after_batch()
-        self._outs = {}
-        self._hooks = [m.register_forward_hook(self._keep) for m in self._watched]
+@patch
+def batch(self:ActGradPenalty):
+    "Watch the chosen layers."
+    self.after_batch()
+    self._outs = {}
+    self._hooks = [m.register_forward_hook(self._keep) for m in self._watched]
 
-    def _keep(self, m, args, out):
-        if isinstance(out, Tensor) and out.requires_grad: self._outs[id(out)] = out, out._version
+@patch
+def _keep(self:ActGradPenalty, m, args, out):
+    if isinstance(out, Tensor) and out.requires_grad: self._outs[id(out)] = out, out._version
 
-    def after_loss(self):
-        "Add the penalty to what is propagated back."
-        if any(o._version != version for o,version in self._outs.values()):
-            raise ValueError(f'An output of a layer chosen by layers={self.layers!r} was changed in place by the layer after it: choose that one')
-        outs = [o for o,_ in self._outs.values()]
-        if not outs: raise ValueError(f'No layer chosen by layers={self.layers!r} took part in this batch with a gradient: choose others, or unfreeze')
-        scaler = getattr(self.learn, 'scaler', None)
-        penalty = act_grad_penalty(self.loss_grad, outs, None if scaler is None else scaler.scale(torch.ones_like(self.loss_grad)))
-        self.learn.loss_grad = self.loss_grad + self.weight*penalty
-        self._values.append(penalty.detach())
-        self.after_batch()
+@patch
+def after_loss(self:ActGradPenalty):
+    "Add the penalty to what is propagated back."
+    if any(o._version != version for o,version in self._outs.values()):
+        raise ValueError(f'An output of a layer chosen by layers={self.layers!r} was changed in place '
+                         'by the layer after it: choose that one')
+    outs = [o for o,_ in self._outs.values()]
+    if not outs:
+        raise ValueError(f'No layer chosen by layers={self.layers!r} took part in this batch with a gradient: '
+                         'choose others, or unfreeze')
+    scaler = getattr(self.learn, 'scaler', None)
+    scale = None if scaler is None else scaler.scale(torch.ones_like(self.loss_grad))
+    penalty = act_grad_penalty(self.loss_grad, outs, scale)
+    self.learn.loss_grad = self.loss_grad + self.weight*penalty
+    self._values.append(penalty.detach())
+    self.after_batch()
 
-    def after_batch(self):
-        "Stop watching."
-        for h in self._hooks: h.remove()
-        self._hooks,self._outs = (),{}
+@patch
+def after_batch(self:ActGradPenalty):
+    "Stop watching."
+    for h in self._hooks: h.remove()
+    self._hooks,self._outs = (),{}
 
-    def end(self): self.after_batch()
+@patch
+def end(self:ActGradPenalty): self.after_batch()

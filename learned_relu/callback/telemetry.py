@@ -125,6 +125,7 @@ def stepped(self:ActTelemetry):
     if self._due(): self._record([o.param.grad for o,*_ in self._acts])
     self._counted += 1
 
+# %% ../../nbs/api/24_callback.telemetry.ipynb #5b170000
 @patch
 def _due(self:ActTelemetry): # whether the step of this batch is to be recorded
     if self.epoch == self.learn.n_epoch - 1 and self.iter == self.learn.n_iter - 1: return True
@@ -136,7 +137,8 @@ def _record(self:ActTelemetry, grads):
     step,epoch,frozen = self._last
     params = [whole(o.param) for o,*_ in self._acts]
     if any(g is None for g in grads): self._room.flat.fill_(float('nan'))
-    values = self._room.gather([*params, *(v if g is None else whole(g) for g,v in zip(grads, self._room.views[len(grads):]))])
+    found = [v if g is None else whole(g) for g,v in zip(grads, self._room.views[len(grads):])]
+    values = self._room.gather([*params, *found])
     values,grads = values.cpu().numpy().reshape(2, -1)
     sizes = self._room.sizes[:len(params)]
     grads = np.where(np.repeat(frozen, sizes), 0., grads)
