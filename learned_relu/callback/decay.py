@@ -14,14 +14,15 @@ from fastai.optimizer import OptimWrapper
 from .._torch import copy_each
 
 from .core import ActCallback, act_order
+from .step import OneStep, steps_by_element
 from ..params import act_params, activation_weights
 
 # %% ../../nbs/api/20_callback.decay.ipynb #f23d7dab
 class NoDecayActParams(ActCallback):
     "No weight decay on activation parameters, and their own learning-rate multiplier."
     order = act_order(1)
-    fleeting = (*ActCallback.fleeting, '_groups', '_before', '_weights', '_ours')
-    _groups,_before,_weights,_ours = None,(),(),()
+    fleeting = (*ActCallback.fleeting, '_groups', '_before', '_weights', '_ours', '_together')
+    _groups,_before,_weights,_ours,_together = None,(),(),(),None
 
     def __init__(self,
         lr_mult:float=1., # the step of activation parameters is multiplied by this; 0 or more
@@ -31,9 +32,11 @@ class NoDecayActParams(ActCallback):
 
     def begin(self):
         self._weights = activation_weights(self.learn.model)
-        self._ours = [o.param for o in act_params(self.learn.model)] if self.lr_mult != 1 else []
+        ours = [o.param for o in act_params(self.learn.model)]
+        self._ours = ours if self.lr_mult != 1 else []
         if isinstance(self.opt, OptimWrapper): return
         for p in self._weights: self.opt.state.setdefault(p, {})['do_wd'] = False
+        if steps_by_element(self.opt): self._together = OneStep(self.opt, ours)
 
     def before_step(self):
         "Split the groups of a wrapped optimizer, and note where the parameters are."
@@ -56,7 +59,9 @@ class NoDecayActParams(ActCallback):
         self._groups = None
 
     def cancelled(self): self._restore()
-    def end(self): self._restore() # a step that was interrupted
+    def end(self):
+        self._restore() # a step that was interrupted
+        if self._together: self._together.away()
 
     def after_cancel_batch(self):
         "Put the groups back also where another callback called off the whole batch."

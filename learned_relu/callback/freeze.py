@@ -10,7 +10,6 @@ __all__ = ['FreezeActParams']
 # %% ../../nbs/api/23_callback.freeze.ipynb #72370d22
 import math
 
-import torch
 from fastcore.basics import patch
 
 from .core import ActCallback, act_order
