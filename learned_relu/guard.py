@@ -93,3 +93,9 @@ class Guard(_Rooms):
         self._good.scatter(self.params)
         self._seen.add_(self._bad)
         self._pending = False
+
+    def settle(self):
+        "The same for a step that was broken off before `after_step`; nothing changes where none was."
+        self._nothing(1)
+        if not self._pending: self._nothing(0)
+        self.after_step()

@@ -74,7 +74,9 @@ class ClampActParams(ActCallback):
     def stepped(self):
         for o in self._guards: o.after_step()
 
-    def end(self): self._past = self.counts() # the guards go, what they counted stays
+    def end(self):
+        for o in self._guards: o.settle()
+        self._past = self.counts() # the guards go, what they counted stays
 
 # %% ../../nbs/api/21_callback.clamp.ipynb #1c38c1fd
 @patch

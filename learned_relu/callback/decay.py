@@ -58,9 +58,10 @@ class NoDecayActParams(ActCallback):
         for o,ps in whole: o['params'] = ps
         self._groups = None
 
+    def batch(self): self._restore() # of a step in which the whole training was called off
     def cancelled(self): self._restore()
     def end(self):
-        self._restore() # a step that was interrupted
+        self.stepped() # one that was broken off
         if self._together: self._together.away()
 
     def after_cancel_batch(self):
@@ -70,5 +71,6 @@ class NoDecayActParams(ActCallback):
     @torch.no_grad()
     def stepped(self):
         self._restore()
-        if not self._before: return
-        copy_each(self._ours, [old + self.lr_mult*(p - old) for p,old in zip(self._ours, self._before)])
+        moved = [old + self.lr_mult*(p - old) for p,old in zip(self._ours, self._before)]
+        if moved: copy_each(self._ours, moved)
+        self._before = ()

@@ -73,6 +73,9 @@ def stepped(self:FreezeActParams):
     for params,room in self._pinned or (): room.scatter(params)
 
 @patch
+def end(self:FreezeActParams): self.stepped() # of a step that was broken off
+
+@patch
 def after_batch(self:FreezeActParams):
     "Count what was trained."
     self._trained = self.pct_train*self.n_epoch
