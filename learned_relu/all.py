@@ -6,6 +6,7 @@ from learned_relu.callback.core import ActCallback
 from learned_relu.callback.decay import NoDecayActParams
 from learned_relu.callback.ema import EMAActParams
 from learned_relu.callback.freeze import FreezeActParams
+from learned_relu.callback.log import LogActParams
 from learned_relu.callback.penalty import ActGradPenalty
 from learned_relu.callback.telemetry import ActTelemetry
 from learned_relu.xresnet import learned_xresnet, plain_xresnet

@@ -173,5 +173,5 @@ def fit(self, n_epoch, lr=None, wd=None, cbs=None, *args, **kwargs):
     kinds = {type(o) for o in _ours(cbs)}
     with ExitStack() as stack:
         stack.enter_context(self.removed_cbs([o for o in _ours(self.cbs) if type(o) in kinds]))
-        for o in _ours([*self.cbs, *cbs]): stack.callback(o.over)
+        for o in sorted(_ours([*self.cbs, *cbs]), key=lambda o: -o.order): stack.callback(o.over) # last in, first out
         return go([*cbs, ActColumns()])

@@ -64,6 +64,7 @@ class ActTelemetry(ActCallback):
     order = act_order(5)
     fleeting = (*ActCallback.fleeting, '_watching', '_room', '_last', '_live')
     _watching,_room,_last,_live = None,None,None,False
+    statistics = (*_columns, 'frozen', 'clipped', 'negative', 'near_zero') # what is told of a layer and kind
 
     def __init__(self,
         every:int=None, # optimizer steps between records, at least 1; None for about 50 records a fit
@@ -187,12 +188,26 @@ def after_batch(self:ActTelemetry):
 @patch
 def frame(self:ActTelemetry):
     "The history: one row per recorded step, layer and kind; `step` counts optimizer steps over all fits."
-    flow = ['clipped', 'negative', 'near_zero']
-    columns = ['fit', 'epoch', 'step', 'layer', 'kind'] + _columns + ['frozen'] + flow
     rows = [(fit, epoch, step, *name, *map(float, row))
             for fit,epoch,step,names,values in self._records for name,row in zip(names, values)]
-    df = pd.DataFrame(rows, columns=columns).astype(dict(frozen=bool))
-    return df if self.activations else df.drop(columns=flow)
+    df = pd.DataFrame(rows, columns=['fit', 'epoch', 'step', 'layer', 'kind', *self.statistics])
+    df = df.astype(dict(frozen=bool))
+    return df if self.activations else df.drop(columns=['clipped', 'negative', 'near_zero'])
+
+@patch
+def kinds(self:ActTelemetry) -> list:
+    "The kinds that the present history tells of, in the order of the layers."
+    return [*dict.fromkeys(kind for fit,_,_,names,_ in self._records if fit >= self._since for _,kind in names)]
+
+@patch
+def records(self:ActTelemetry,
+    since:int, # number of records to leave out
+    values, # names of statistics, as in `statistics`
+): # for each record its step and a dict: name, such as 'act/mean/leak/4.conv.1', -> value
+    "What was recorded lately, for those who log it."
+    for _,_,step,names,rows in self._records[since:]:
+        yield step,{f'act/{v}/{kind}/{layer}': float(row[self.statistics.index(v)])
+                    for (layer,kind),row in zip(names, rows) for v in values}
 
 @patch
 def save(self:ActTelemetry,
