@@ -108,14 +108,14 @@ def _draw(self:LogActParams):
 @patch
 def after_epoch(self:LogActParams):
     "Send pictures every few epochs, and after the last."
-    if not self._sinks: return
+    if self.learn.lock.locked() or not self._sinks: return # somebody validates within the fit
     every = self.pictures and (self.epoch + 1) % self.pictures == 0
     if every or self.epoch == self.n_epoch - 1: self._draw()
 
 @patch
 def after_fit(self:LogActParams):
     "Send pictures also where the fit ended early."
-    if self._sinks: self._draw()
+    if self._sinks and not self.learn.lock.locked(): self._draw()
 
 @patch
 def end(self:LogActParams):
