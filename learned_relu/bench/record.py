@@ -35,6 +35,12 @@ def commit() -> str: # None without git
         return git('rev-parse', 'HEAD') + ('+' if changed else '')
     except (OSError, subprocess.CalledProcessError): return None
 
+def _cpu_name():
+    try: info = Path('/proc/cpuinfo').read_text(encoding='utf-8')
+    except OSError: info = ''
+    named = re.search(r'^model name\s*:\s*(.+)', info, flags=re.M)
+    return named[1] if named else platform.processor()
+
 def made_by(
     device, # where it ran: a `torch.device`, or its name
     more:dict, # what else to say of the hardware
@@ -43,6 +49,7 @@ def made_by(
     import torch # which is not needed to read one
     gpu = torch.device(device).type == 'cuda'
     hardware = dict(device=torch.cuda.get_device_name(device) if gpu else 'cpu', machine=platform.machine(),
+                    cpu=_cpu_name(), capability=torch.backends.cpu.get_cpu_capability(),
                     threads=torch.get_num_threads())
     versions = {o: version(o) for o in ('torch', 'fastai', 'learned_relu')}
     return dict(commit=commit(), versions=dict(python=platform.python_version(), **versions), hardware=hardware | more)
