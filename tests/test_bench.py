@@ -81,6 +81,31 @@ def test_a_comparison_is_paired_recorded_and_reported(finished):
     assert page.count('<img alt="') == 4 and 'src="http' not in page
 
 
+def test_records_keep_what_their_recipe_declares_and_the_report_judges_by_it(finished, images, tmp_path):
+    out, args, _ = finished
+    (tmp_path/'r.toml').write_text('margin = 0.5\nmeasures = ["accuracy", "valid_loss"]\n')
+    run('--recipe', tmp_path/'r.toml', *args[:-5], '--seeds', 1, '--arms', 'relu,leaky', '--out', tmp_path/'o', check=True)
+    records = list(map(read_record, (tmp_path/'o'/'records').glob('*.json')))
+    assert [r['judging'] for r in records] == [dict(margin=.5, measures=['accuracy', 'valid_loss'])]*2
+    assert {r['digest'] for r in records} == {read_record(o)['digest'] for o in (out/'records').iterdir()}, 'it is the same recipe'
+    assert not any('judging' in read_record(o) for o in (out/'records').iterdir())
+    assert 'Declared with every run' in (tmp_path/'o'/'report.html').read_text() and 'loss vs relu' in pd.read_csv(tmp_path/'o'/'table.csv')
+    assert 'exploratory loss vs relu' in pd.read_csv(out/'table.csv')
+
+
+def test_a_directory_from_another_kind_of_machine_is_refused_before_anything_is_trained(finished, tmp_path):
+    out, args, _ = finished
+    shutil.copytree(out, tmp_path/'o')
+    moved = next((tmp_path/'o'/'records').glob('relu-seed0-*'))
+    r = json.loads(moved.read_text())
+    r['pair']['weights'], r['hardware']['capability'] = 'drawn elsewhere', 'DEFAULT'
+    moved.write_text(json.dumps(r))
+    done = run(*args[:-5], '--seeds', 3, '--arms', 'relu,learned', '--out', tmp_path/'o')
+    assert done.returncode == 1 and 'run 5/6' not in done.stdout and 'Traceback' not in done.stderr
+    assert 'seed 0: relu and learned are no pair, since their initial weights differ. relu ran on cpu' in done.stderr and 'DEFAULT' in done.stderr
+    assert len(list((tmp_path/'o'/'records').iterdir())) == 4
+
+
 def test_the_same_command_again_trains_nothing(finished):
     out, args, _ = finished
     before = {o: o.stat().st_mtime_ns for o in (out/'records').iterdir()}
