@@ -573,7 +573,7 @@ def test_only_what_all_who_declare_agree_on_counts():
 def test_a_declared_loss_stands_beside_accuracy_and_another_is_called_exploratory():
     old = [{k: v for k, v in r.items() if k != 'judging'} for r in judged(RECORDS)]
     beside, apart = readable(table(judged(RECORDS))), readable(table(old))
-    assert beside.loc[1, 'loss vs relu [95 %]'].startswith('-0.0200 [') and [o for o in apart if 'loss' in o] == []
+    assert beside.loc[1, 'loss vs relu [95 %]'].startswith('-0.020 [') and [o for o in apart if 'loss' in o] == []
     assert readable_losses(table(old)).loc[1, 'exploratory loss vs relu [95 %]'] == beside.loc[1, 'loss vs relu [95 %]']
     assert not len(readable_losses(table(judged(RECORDS)))) and not len(readable_losses(table(RECORDS)))
     pages = {k: report_page(o) for k, o in dict(declared=judged(RECORDS), old=old).items()}

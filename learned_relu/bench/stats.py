@@ -69,11 +69,9 @@ def anytime_interval(
 COVERAGE_PAIRS = 3,5,10,20
 COVERAGE = { # intervals in a hundred that hold the true mean, simulated; None where an interval is not shown
     't': dict(normal=(95, 95, 95, 95), heavy_tails=(96, 96, 96, 96), skewed=(88, 88, 90, 92)),
-    't, watched from three pairs on': dict(normal=(95, 90, 83, 77), heavy_tails=(96, 92, 86, 81),
-                                           skewed=(88, 80, 72, 65)),
+    't, watched': dict(normal=(95, 90, 83, 77), heavy_tails=(96, 92, 86, 81), skewed=(88, 80, 72, 65)),
     'bootstrap': dict(normal=(None, None, 90, 92), heavy_tails=(None, None, 86, 89), skewed=(None, None, 88, 92)),
-    'anytime-valid, watched': dict(normal=(None, 100, 99, 98), heavy_tails=(None, 100, 99, 99),
-                                   skewed=(None, 99, 93, 90)),
+    'anytime, watched': dict(normal=(None, 100, 99, 98), heavy_tails=(None, 100, 99, 99), skewed=(None, 99, 93, 90)),
 }
 
 # %% ../../nbs/api/34_bench.stats.ipynb #c1c27e71

@@ -113,7 +113,7 @@ def _runs(r): return f'{r["n"]}, {r["vs relu n"]} paired' if 0 < r['vs relu n'] 
 
 def _losses(r):
     names = [k for k in r if k.endswith(('loss vs relu', 'loss vs general'))]
-    return {f'{k} [95 %]': _with_interval(r, k, '{:+.4f}') for k in names}
+    return {f'{k} [95 %]': _with_interval(r, k, '{:+.3f}') for k in names}
 
 def _happened(r):
     return {'arm': r['arm'], 'n': _runs(r), 'accuracy %': _num(r['accuracy']), 'std': _num(r['std']),
@@ -157,7 +157,6 @@ def _near(r, base, name):
     return {'arm': r['arm'], 'versus': base, 'difference': _num(r[name], '{:+.2f}'), '90 % t': _span(r, f'{name} 90 %'),
             'p, equivalent': _num(r[f'{name} equivalence p'], '{:.2g}'),
             'p, equivalent, Holm': _num(r[f'{name} equivalence p holm'], '{:.2g}'),
-            'p, different, Holm': _num(r[f'{name} p holm'], '{:.2g}'),
             f'verdict at ±{r["margin"]:g}': r[f'{name} verdict'] or '-'}
 
 def readable_equivalence(
