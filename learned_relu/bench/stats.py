@@ -48,7 +48,7 @@ EXPECTED = 1. # variance of the true mean in squared standard deviations of the 
 def anytime_factor(
     n:int, # pairs, 2 or more
     level:float=.95, # confidence, in (0,1)
-) -> float: # half the width of the interval in standard errors of the mean; infinite where nothing can be excluded yet
+) -> float: # half the width of the interval in standard errors of the mean; infinite where there is none yet
     "The multiple of the standard error that stays right whenever one looks (Wang and Ramdas 2023, arXiv 2310.03722)."
     r = 1 + n*EXPECTED
     q = (r/(1 - level)**2)**(1/n)
@@ -58,7 +58,7 @@ def anytime_interval(
     diffs:np.ndarray, # paired differences
     level:float=.95, # confidence of all intervals from the first pair on together, in (0,1)
 ) -> tuple: # (low, high) in the unit of `diffs`; infinite with few pairs, NaN where there are fewer than two
-    "Confidence interval of the mean of normal differences that holds however often one looked and why ever one stopped."
+    "Confidence interval of the mean of normal differences, right however often one looked and why ever one stopped."
     n = len(diffs)
     if n < 2: return np.nan, np.nan
     factor = anytime_factor(n, level)

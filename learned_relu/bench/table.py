@@ -134,6 +134,7 @@ def readable_losses(
     found = [{'arm': r['arm'], **_losses(r)} for r in df.to_dict('records') if 'exploratory loss vs relu' in r]
     return pd.DataFrame(found)
 
+# %% ../../nbs/api/34_bench.table.ipynb #7ab1e00c
 def _compared(df):
     rows = df.to_dict('records')
     return [(r, base, f'vs {base}') for base in BASES for r in rows if r[f'vs {base} n'] and r['arm'] != 'relu']
