@@ -10,11 +10,10 @@ __all__ = ['check_pairs', 'paired_runs', 'paired', 'epoch_ends', 'accuracy_at', 
 # %% ../../nbs/api/34_bench.pairs.ipynb #5de199e2
 import numpy as np
 
+from .record import ran_on
+
 # %% ../../nbs/api/34_bench.pairs.ipynb #31b6ca40
-def _ran_on(r):
-    machine,torch = r['hardware'],r['versions']['torch']
-    cpu = machine.get('capability', 'not recorded')
-    return f'{r["arm"]} ran on {machine["device"]}, {machine.get("machine")}, CPU capability {cpu}, torch {torch}'
+def _where(r): return f'{r["arm"]} ran on {ran_on(r)}, torch {r["versions"]["torch"]}'
 
 def _differ(a, b):
     if not isinstance(a, dict): return 'their beginnings'
@@ -29,7 +28,7 @@ def check_pairs(
         first = firsts.setdefault(r['seed'], r)
         if first['pair'] == r['pair']: continue
         raise ValueError(f'seed {r["seed"]}: {first["arm"]} and {r["arm"]} are no pair, since '
-                         f'{_differ(first["pair"], r["pair"])} differ. {_ran_on(first)}; {_ran_on(r)}. PyTorch draws '
+                         f'{_differ(first["pair"], r["pair"])} differ. {_where(first)}; {_where(r)}. PyTorch draws '
                          'other numbers on other kinds of machines: move the records of one of the two away, '
                          'and make its runs again where the other ran')
 
@@ -69,10 +68,11 @@ def accuracy_at(
 
 _machine = 'device machine cpu capability threads processes'.split()
 
+def _one_machine(a, b): return all(a[k] == b[k] for k in _machine if k in a and k in b)
+
 def _timed_pairs(records, arm, base):
     pairs = paired_runs(records, arm, base)
-    alike = all(a['hardware'].get(k) == b['hardware'].get(k) for a,b in pairs for k in _machine)
-    return pairs if alike else []
+    return pairs if all(_one_machine(a['hardware'], b['hardware']) for a,b in pairs) else []
 
 def equal_time(
     records:list, # records of one recipe

@@ -197,7 +197,8 @@ def read_recipe(
     seeds = found.pop('seeds', below.seeds)
     if seeds is not None and (isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1):
         raise ValueError(f'{file.name}: seeds is {seeds!r}: pass a count, 1 or more')
-    margin,measures = (found.pop(k, o) for k,o in (('margin', below.margin), ('measures', list(below.measures))))
+    margin = found.pop('margin', below.margin)
+    measures = found.pop('measures', list(below.measures))
     _check_judging(file, margin, measures)
     recipe = below.recipe | found
     try: Recipe(**recipe)

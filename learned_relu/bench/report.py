@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from .._files import whole_file
 from .figures import plot_accuracy, plot_pairs, plot_params, plot_shapes
+from .record import ran_on
 from .stats import check_statistics
 from .table import (board_rows, declared, leaderboard, readable, readable_coverage,
                                       readable_equivalence, readable_losses, readable_tests, table)
@@ -69,11 +70,6 @@ def _png(fig):
     plt.close(fig)
     return base64.b64encode(buf.getvalue()).decode()
 
-def _machine(r):
-    known = r['hardware']
-    parts = [str(known[k]) for k in ('device', 'cpu', 'capability') if k in known]
-    return ', '.join([*parts, f'{known["threads"]} threads'])
-
 def report_page(
     records:list, # records of one recipe
 ) -> str: # HTML
@@ -90,7 +86,7 @@ def report_page(
         learned=learned,
         board=board_rows(leaderboard(records)),
         recipe=recipe_toml(r['recipe']),
-        data=r['data'], hardware='; '.join(dict.fromkeys(map(_machine, records))),
+        data=r['data'], hardware='; '.join(dict.fromkeys(map(ran_on, records))),
         versions=', '.join(f'{k} {v}' for k,v in r['versions'].items()),
         commits=', '.join(dict.fromkeys(str(o['commit']) for o in records))))
 

@@ -111,7 +111,7 @@ def equivalence_p(
     diffs:np.ndarray, # paired differences
     margin:float, # what counts as no difference, in the unit of `diffs`, above 0; to be fixed before any run
 ) -> float: # in [0,1]; NaN where there are fewer than two, or all are alike
-    "p-value of equivalence by two one-sided paired t-tests; `ImportError` without statsmodels."
+    "p-value of equivalence by two one-sided paired t-tests (Schuirmann 1987); `ImportError` without statsmodels."
     if len(diffs) < 2 or _alike(diffs): return np.nan
     check_statistics()
     from statsmodels.stats.weightstats import DescrStatsW
