@@ -61,7 +61,8 @@ def ran_on(
     "The machine behind a record, in words."
     known = record['hardware']
     device = [str(known[k]) for k in ('device', 'machine', 'cpu') if k in known]
-    return ', '.join([*device, f'CPU capability {known.get("capability", "not recorded")}', f'{known["threads"]} threads'])
+    capability = known.get('capability', 'not recorded')
+    return ', '.join([*device, f'CPU capability {capability}', f'{known["threads"]} threads'])
 
 # %% ../../nbs/api/31_bench.record.ipynb #f1bbd825
 FORMAT = 1
