@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.data import Source
@@ -60,7 +61,7 @@ def test_a_speed_record_is_there_when_it_is_whole(what, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     speed.learned_relu_speed(tmp_path/'out')
     record = json.loads((tmp_path/'out'/'speed.json').read_text())
-    assert {k: record[k] for k in ('commit', 'versions', 'hardware')} == made_by('cpu', dict(capability=record['hardware']['capability']))
+    assert {k: record[k] for k in ('commit', 'versions', 'hardware')} == made_by('cpu', {})
 
 
 def test_a_comparison_is_paired_recorded_and_reported(finished):
@@ -73,10 +74,36 @@ def test_a_comparison_is_paired_recorded_and_reported(finished):
     r = by['learned', 0]
     assert r['hardware'] == made_by('cpu', dict(processes=1, workers=2))['hardware'] and r['versions'] == made_by('cpu', {})['versions']
     assert r['data']['name'] == 'noise' and isinstance(r['recipe'], dict) and len(r['accuracy']) == 1 and len(r['activation']) == 57
+    assert r['hardware']['capability'] == torch.backends.cpu.get_cpu_capability() and r['hardware']['cpu']
     assert str(out) not in json.dumps(records)
     assert 'vs relu' in done.stdout and not list((out/'records').glob('*.tmp'))
     page = (out/'report.html').read_text()
     assert page.count('<img alt="') == 4 and 'src="http' not in page
+
+
+def test_records_keep_what_their_recipe_declares_and_the_report_judges_by_it(finished, images, tmp_path):
+    out, args, _ = finished
+    (tmp_path/'r.toml').write_text('margin = 0.5\nmeasures = ["accuracy", "valid_loss"]\n')
+    run('--recipe', tmp_path/'r.toml', *args[:-5], '--seeds', 1, '--arms', 'relu,leaky', '--out', tmp_path/'o', check=True)
+    records = list(map(read_record, (tmp_path/'o'/'records').glob('*.json')))
+    assert [r['judging'] for r in records] == [dict(margin=.5, measures=['accuracy', 'valid_loss'])]*2
+    assert {r['digest'] for r in records} == {read_record(o)['digest'] for o in (out/'records').iterdir()}, 'it is the same recipe'
+    assert not any('judging' in read_record(o) for o in (out/'records').iterdir())
+    assert 'Declared with every run' in (tmp_path/'o'/'report.html').read_text() and 'loss vs relu' in pd.read_csv(tmp_path/'o'/'table.csv')
+    assert 'exploratory loss vs relu' in pd.read_csv(out/'table.csv')
+
+
+def test_a_directory_from_another_kind_of_machine_is_refused_before_anything_is_trained(finished, tmp_path):
+    out, args, _ = finished
+    shutil.copytree(out, tmp_path/'o')
+    moved = next((tmp_path/'o'/'records').glob('relu-seed0-*'))
+    r = json.loads(moved.read_text())
+    r['pair']['weights'], r['hardware']['capability'] = 'drawn elsewhere', 'DEFAULT'
+    moved.write_text(json.dumps(r))
+    done = run(*args[:-5], '--seeds', 3, '--arms', 'relu,learned', '--out', tmp_path/'o')
+    assert done.returncode == 1 and 'run 5/6' not in done.stdout and 'Traceback' not in done.stderr
+    assert 'seed 0: relu and learned are no pair, since their initial weights differ. relu ran on cpu' in done.stderr and 'DEFAULT' in done.stderr
+    assert len(list((tmp_path/'o'/'records').iterdir())) == 4
 
 
 def test_the_same_command_again_trains_nothing(finished):

@@ -72,6 +72,11 @@ def write(path, **texts):
     ('seeds = 0', ValueError, 'seeds is 0'), ('base = "none.toml"', ValueError, 'cannot be read'), ('base = 3', TypeError, 'base is 3'),
     ('base = "x.toml"', ValueError, 'leads back'), ('opt = "sgd"\nsqrmom = 0.99', ValueError, 'sqrmom is 0.99, which sgd does not have'),
     ('beta = 0.5', ValueError, 'which adam does not have'),
+    ('margin = 0', ValueError, 'x.toml: margin is 0: pass points of accuracy, above 0'), ('margin = "1"', ValueError, "margin is '1'"),
+    ('margin = true', ValueError, 'margin is True'), ('margin = nan', ValueError, 'margin is nan'), ('margin = 100', ValueError, 'below 100'),
+    ('measures = "accuracy"', ValueError, "x.toml: measures is 'accuracy': pass ['accuracy'] or ['accuracy', 'valid_loss']"),
+    ('measures = ["valid_loss"]', ValueError, "measures is ['valid_loss']"), ('measures = 0', ValueError, 'measures is 0'),
+    ('margins = 0.5', ValueError, "has a key 'margins', perhaps meant as 'margin'"),
     ('size = ', ValueError, 'x.toml is not TOML'), ('pool = "MaxBlurPool"', ValueError, "pool is 'MaxBlurPool'"),
     ('schedule = "step"', ValueError, "schedule is 'step'")])
 def test_what_a_recipe_cannot_say_is_named_with_its_file(text, error, words, tmp_path):
@@ -88,6 +93,16 @@ def test_a_command_line_goes_before_the_file_and_the_file_before_its_base(tmp_pa
     write(tmp_path, a='lr = 0.1\nwd = 0.2\nbs = 16\narms = ["mish"]\nseeds = 7', b='base = "a.toml"\nwd = 0.3\nbs = 32')
     how, plan = planned(tmp_path/'b.toml', dict(bs=64, wd=None, sa=False))
     assert (how.lr, how.wd, how.bs, how.epochs) == (.1, .3, 64, Recipe.epochs) and (plan.arms, plan.seeds) == (('mish',), 7)
+
+
+def test_what_is_declared_about_judging_goes_by_the_file_and_changes_no_digest(tmp_path):
+    write(tmp_path, a='margin = 1\nmeasures = ["accuracy", "valid_loss"]', b='base = "a.toml"\nmargin = 0.5', c='lr = 0.008',
+          d='measures = ["accuracy"]')
+    said = {o: read_recipe(tmp_path/f'{o}.toml').judging for o in 'abcd'}
+    both = ['accuracy', 'valid_loss']
+    assert said == dict(a=dict(margin=1, measures=both), b=dict(margin=.5, measures=both), c=None, d=dict(margin=None, measures=['accuracy']))
+    assert len({planned(tmp_path/f'{o}.toml', {})[0].digest('f') for o in 'abcd'}) == 1, 'a recipe is how runs are made'
+    assert read_recipe(RECIPES/'imagewoof-32px-5ep-half.toml').judging == dict(margin=.5, measures=both)
 
 
 def test_every_field_changes_the_digest():

@@ -22,10 +22,21 @@ from learned_relu.bench.arms import Arm
 from learned_relu.bench.commands.report import first_paragraph, learned_relu_report
 from learned_relu.bench.compare import compare
 from learned_relu.bench.figures import STARTS, plot_accuracy, plot_pairs, plot_params, plot_shapes, shape_values, shapes
+from learned_relu.bench.pairs import accuracy_at, check_pairs, epoch_ends, equal_time, paired, time_ratio
 from learned_relu.bench.record import read_record, read_records
 from learned_relu.bench.report import check_report, recipe_toml, report_page, save_report
-from learned_relu.bench.stats import accuracy_at, bootstrap_interval, epoch_ends, equal_time, holm, interval, p_value, paired, pairs_needed, signs
-from learned_relu.bench.table import board_rows, leaderboard, readable, readable_tests, table
+from learned_relu.bench.stats import anytime_interval, bootstrap_interval, equivalence_p, holm, interval, p_value, pairs_needed, signs
+from learned_relu.bench.table import (
+    BOARD_NOISE,
+    board_rows,
+    declared,
+    leaderboard,
+    readable,
+    readable_equivalence,
+    readable_losses,
+    readable_tests,
+    table,
+)
 from learned_relu.layers import LearnedRelu
 from learned_relu.reference import learned_relu_reference
 
@@ -58,14 +69,22 @@ def test_means_spreads_pairs_and_times():
     d = np.array([2., 1., 3.])
     half = stats.t.ppf(.975, 2)*d.std(ddof=1)/3**.5
     assert t.loc['learned', ['vs relu', 'vs relu low', 'vs relu high']].tolist() == pytest.approx([2, 2 - half, 2 + half])
-    assert t.loc['learned', ['vs relu bootstrap low', 'vs relu bootstrap high']].tolist() == pytest.approx([1, 3])
+    assert t.loc['learned', ['vs relu bootstrap low', 'vs relu bootstrap high']].isna().all(), 'of three pairs it holds far less than it says'
     assert t.loc['learned', 'time ratio'] == pytest.approx(1.2) and t.loc['learned', 'vs relu n'] == 3
     assert np.isnan(t.loc['relu', 'vs relu']) and np.isnan(t.loc['learned', 'vs general'])
 
 
-def test_runs_that_began_otherwise_are_no_pair():
-    others = [*RECORDS[:5], record('learned', 2, .99, pair='other')]
-    assert paired(others, 'learned', 'relu') == pytest.approx([.02, .01])
+def test_runs_that_began_otherwise_are_refused():
+    def at(capability, weights): return dict(hardware=dict(device='cpu', machine='x86_64', capability=capability, threads=2),
+                                             versions=dict(torch='2.15.0'), pair=dict(weights=weights, batches='same'))
+    others = [*RECORDS[:2], record('relu', 2, .58) | at('AVX2', 'a'), *RECORDS[3:5], record('learned', 2, .99) | at('DEFAULT', 'b')]
+    with pytest.raises(ValueError) as refused: paired(others, 'learned', 'relu')
+    for o in ('seed 2: learned and relu are no pair, since their initial weights differ',
+              'relu ran on cpu, x86_64, CPU capability AVX2, 2 threads, torch 2.15.0', 'make its runs again where the other ran',
+              'learned ran on cpu, x86_64, CPU capability DEFAULT, 2 threads, torch 2.15.0'): assert o in str(refused.value)
+    for ask in (table, report_page, check_pairs):
+        with pytest.raises(ValueError, match='are no pair'): ask(others)
+    assert paired(others[:-1], 'learned', 'relu') == pytest.approx([.02, .01]), 'a seed that one arm lacks is no fault'
 
 
 def test_one_pair_has_no_interval():
@@ -181,13 +200,32 @@ def test_the_family_is_every_arm_against_relu():
     assert t['vs relu p'].tolist() == pytest.approx([np.nan, *ps, np.nan], nan_ok=True)
     assert t['vs relu p holm'].tolist() == pytest.approx([np.nan, *holm_by_hand(ps), np.nan], nan_ok=True)
     assert t['vs relu p holm'].min() > t['vs relu p'].min()
-    assert readable_tests(table(more)).arm.tolist() == ['learned', 'general', 'other']
+    assert readable_tests(table(more))[['arm', 'versus']].values.tolist() == [['learned', 'relu'], ['general', 'relu'], ['other', 'relu'],
+                                                                             ['learned', 'general'], ['other', 'general']]
+    versus = [p_value(paired(more, o, 'general')*100) for o in ('learned', 'other')]
+    want = [np.nan, holm_by_hand(versus)[0], np.nan, np.nan]
+    assert t['vs general p holm'].tolist() == pytest.approx(want, nan_ok=True), 'relu against general is general against relu'
 
 
-def test_the_noise_of_the_boards_stands_beside_each_difference():
-    rs = [record('relu', 0, .5), record('near', 0, .5099), record('below', 0, .4901), record('far', 0, .5101), record('worse', 0, .48)]
-    assert table(rs)['within board noise'].tolist() == [None, True, True, False, False]
-    assert readable(table(rs))['within board noise'].tolist() == ['-', 'yes', 'yes', 'no', 'no']
+def test_the_noise_of_the_boards_is_asked_of_the_interval():
+    def arm(name, *points): return [record(name, s, .5 + p/100) for s, p in enumerate(points)]
+    rs = [*arm('relu', 0, 0, 0), *arm('near', .1, -.1, .1), *arm('shown', .2, .3, .4), *arm('lower', -.2, -.3, -.4), *arm('wide', .1, 2., -2.),
+          *arm('above', .9, 1., 1.3), *arm('far', 3., 3.1, 3.2), *arm('worse', -3., -3.1, -3.2), *arm('edge', 1., 1., 1.), *arm('one', .1)]
+    want = ['-', 'yes', 'yes, not 0', 'yes, not 0', 'open', 'open', 'no', 'no', 'no', '-']
+    assert readable(table(rs))['within board noise'].tolist() == want
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(-300, 300), min_size=2, max_size=5))
+def test_board_noise_and_interval_never_contradict_each_other(points):
+    rs = [*(record('relu', s, .5) for s in range(len(points))), *(record('x', s, .5 + p/1e4) for s, p in enumerate(points))]
+    r = table(rs).iloc[1]
+    low, high, said = r['vs relu low'], r['vs relu high'], r['within board noise']
+    assert said in ('yes', 'yes, not 0', 'no', 'open')
+    if said == 'yes': assert -BOARD_NOISE < low <= 0 <= high < BOARD_NOISE
+    if said == 'yes, not 0': assert -BOARD_NOISE < low and high < BOARD_NOISE and not low <= 0 <= high
+    if said == 'no': assert low >= BOARD_NOISE or high <= -BOARD_NOISE
+    if said == 'open': assert min(high, BOARD_NOISE) > max(low, -BOARD_NOISE) and (low <= -BOARD_NOISE or high >= BOARD_NOISE)
 
 
 def test_rows_as_the_boards_have_them():
@@ -257,14 +295,19 @@ def test_bands_reach_from_the_lowest_to_the_highest_run():
     assert [o.get_text() for o in one.get_xticklabels()] == ['relu\n(n=3)', 'learned\n(n=3)']
 
 
-def test_both_intervals_are_drawn_and_told_apart():
-    fig, d = plot_pairs(RECORDS), paired(RECORDS, 'learned', 'relu')*100
+@pytest.mark.parametrize('n,kinds', [(1, ''), (3, 't'), (5, 't anytime-valid'), (9, 't anytime-valid'), (10, 't anytime-valid bootstrap')])
+def test_intervals_are_drawn_from_as_many_pairs_as_they_need_and_told_apart(n, kinds):
+    records = [record(o, s, .5 + gain*(.01 + .003*(s % 4))) for s in range(n) for o, gain in (('relu', 0), ('learned', 1))]
+    fig, d = plot_pairs(records), paired(records, 'learned', 'relu')*100
     lines = {o.get_label(): o for o in fig.axes[0].lines}
-    assert tuple(lines['95 % interval, t'].get_xdata()) == interval(d)
-    assert tuple(lines['95 % interval, bootstrap'].get_xdata()) == bootstrap_interval(d)
-    assert sorted(lines['seeds'].get_xdata()) == pytest.approx([1, 2, 3]) and lines['mean'].get_xdata() == pytest.approx(2)
+    drawn = {o.rpartition(', ')[2]: tuple(v.get_xdata()) for o, v in lines.items() if 'interval' in o}
+    want = {'t': interval, 'anytime-valid': anytime_interval, 'bootstrap': bootstrap_interval}
+    assert drawn == {o: want[o](d) for o in kinds.split()}
+    assert sorted(lines['seeds'].get_xdata()) == pytest.approx(sorted(d)) and lines['mean'].get_xdata() == pytest.approx(d.mean())
     assert {o.get_text() for o in fig.legends[0].texts} == {*lines, 'noise of the boards, ±1 point'}
-    assert not any('interval' in o.get_label() for o in plot_pairs([RECORDS[0], RECORDS[3]]).axes[0].lines)
+    text = readable_tests(table(records))
+    assert [o for o in text if o.startswith('95 %')] == ['95 % t', '95 % anytime-valid'] + ['95 % bootstrap']*(n >= 10)
+    assert (text['95 % anytime-valid'] == '-').all() == (n < 5)
 
 
 def test_heat_maps_have_depth_downwards_and_time_to_the_right():
@@ -489,8 +532,77 @@ def test_an_earlier_report_among_the_records_is_no_record(tmp_path):
     assert 'digits' in (tmp_path/'runs'/'report'/'index.html').read_text() and not (tmp_path/'runs'/'report'/'report').exists()
 
 
-def test_runs_that_are_no_pair_are_told_and_not_timed():
-    others = [*RECORDS[:4], record('learned', 1, .61, 9., pair='other'), record('learned', 2, .61, 9., pair='other')]
+def test_seeds_that_one_arm_lacks_are_told_and_not_timed():
+    others = [*RECORDS[:4], record('learned', 7, .61, 9.), record('learned', 8, .61, 9.)]
     df = table(others)
     row = readable(df).set_index('arm').loc['learned']
     assert row['n'] == '3, 1 paired' and df.set_index('arm').loc['learned', 'time ratio'] == pytest.approx(3.)
+
+
+@pytest.mark.parametrize('other', [dict(device='NVIDIA H100'), dict(capability='AVX512'), dict(cpu='another'), dict(threads=1), dict(processes=2)])
+def test_times_of_different_machines_are_not_compared(other):
+    alike = [dict(r, hardware=dict(device='cpu', machine='x86_64', cpu='one', capability='AVX2', threads=2, processes=1)) for r in RECORDS]
+    moved = [*alike[:-1], dict(alike[-1], hardware=alike[-1]['hardware'] | other)]
+    was, now = (table(o).set_index('arm').loc['learned'] for o in (alike, moved))
+    assert was['time ratio'] == pytest.approx(1.2) and np.isnan(now['time ratio']) and np.isnan(now['accuracy at relu time'])
+    assert now['vs relu n'] == 3 and now['vs relu'] == was['vs relu'], 'only times depend on it'
+    assert readable(table(moved)).set_index('arm').loc['learned', ['s/epoch vs relu', 'at relu time %']].tolist() == ['-', '-']
+
+
+def test_what_only_one_record_says_of_its_machine_does_not_tell_them_apart():
+    known = [*RECORDS[:3], *(dict(r, hardware=dict(r['hardware'], capability='AVX2', cpu='one')) for r in RECORDS[3:])]
+    assert time_ratio(known, 'learned') == time_ratio(RECORDS, 'learned') == pytest.approx(1.2)
+
+
+DECLARED = dict(margin=2.5, measures=['accuracy', 'valid_loss'])
+
+
+def judged(records, judging=DECLARED): return [dict(r, judging=judging, valid_loss=[1., 1 - r['accuracy'][-1]]) for r in records]
+
+
+def test_only_what_all_who_declare_agree_on_counts():
+    rs = judged(RECORDS)
+    assert declared(RECORDS)[0] == {} and 'equivalence is not judged' in declared(RECORDS)[1] and 'exploratory' in declared(RECORDS)[1]
+    assert declared(rs) == (DECLARED, 'Declared with every run, before it was made: arms are equivalent within 2.5 points of accuracy; '
+                                      'measured by accuracy, valid_loss.')
+    assert declared([*RECORDS[:2], *rs[2:]])[1].startswith('Declared with 4 of 6 runs')
+    assert declared([*judged(RECORDS[:1], dict(DECLARED, margin=1.)), *rs[1:]])[0] == {}
+    assert 'no margin' in declared(judged(RECORDS, dict(margin=None, measures=['accuracy', 'valid_loss'])))[1]
+
+
+def test_a_declared_loss_stands_beside_accuracy_and_another_is_called_exploratory():
+    old = [{k: v for k, v in r.items() if k != 'judging'} for r in judged(RECORDS)]
+    beside, apart = readable(table(judged(RECORDS))), readable(table(old))
+    assert beside.loc[1, 'loss vs relu [95 %]'].startswith('-0.020 [') and [o for o in apart if 'loss' in o] == []
+    assert readable_losses(table(old)).loc[1, 'exploratory loss vs relu [95 %]'] == beside.loc[1, 'loss vs relu [95 %]']
+    assert not len(readable_losses(table(judged(RECORDS)))) and not len(readable_losses(table(RECORDS)))
+    pages = {k: report_page(o) for k, o in dict(declared=judged(RECORDS), old=old).items()}
+    assert 'Validation loss, exploratory' in pages['old'] and 'Validation loss, exploratory' not in pages['declared']
+    assert 'loss vs relu [95 %]' in pages['declared'] and 'verdict at ±2.5' in pages['declared'] and 'verdict at' not in pages['old']
+    assert 'Declared with every run' in pages['declared'] and 'Neither a margin nor a second measure was declared' in pages['old']
+
+
+def test_a_verdict_goes_by_what_holm_leaves():
+    arms = dict(learned=(.52, .614, .606), general=(.501, .60, .579))
+    rs = judged([*RECORDS[:3], *(record(k, s, a) for k, accuracies in arms.items() for s, a in enumerate(accuracies))])
+    t = table(rs).set_index('arm')
+    ps = [equivalence_p(paired(rs, o, 'relu')*100, 2.5) for o in ('learned', 'general')]
+    assert t['vs relu equivalence p'].tolist() == pytest.approx([np.nan, *ps], nan_ok=True)
+    assert t['vs relu equivalence p holm'].tolist() == pytest.approx([np.nan, *holm_by_hand(ps)], nan_ok=True)
+    assert t['vs relu verdict'].tolist() == ['', 'neither shown', 'equivalent'], 'although p is below 0.05 before'
+    assert t.loc['learned', 'vs relu p'] < .05 < t.loc['learned', 'vs relu p holm']
+    text = readable_equivalence(table(rs))
+    assert text['verdict at ±2.5'].tolist() == ['neither shown', 'equivalent', t.loc['learned', 'vs general verdict']]
+    assert not len(readable_equivalence(table(RECORDS))), 'no margin, no verdict'
+    assert table(RECORDS, DECLARED).set_index('arm').loc['learned', 'vs relu verdict'] == 'neither shown', 'or one that was declared elsewhere'
+
+
+def test_a_folder_of_runs_that_are_no_pairs_is_named_and_the_rest_is_built(tmp_path):
+    folder_with(tmp_path/'in'/'whole', *(WOOF/'records').iterdir())
+    mixed = folder_with(tmp_path/'in'/'mixed', *(WOOF/'records').iterdir())/'records'/'learned-seed0-34d243ea.json'
+    mixed.write_text(mixed.read_text().replace('"weights": "', '"weights": "other'))
+    with pytest.raises(SystemExit) as stop: learned_relu_report(tmp_path/'in', out=tmp_path/'out')
+    assert 'error: runs that are no pairs are not reported on:' in stop.value.code and 'mixed, recipe 34d243ea: seed 0: ' in stop.value.code
+    assert 'their initial weights differ' in stop.value.code
+    assert sorted(contents(tmp_path/'out')) == ['index.html', 'whole/report.html', 'whole/table.csv']
+    assert 'Some of its runs are no pairs' in (tmp_path/'out'/'index.html').read_text()

@@ -16,30 +16,33 @@ from fastprogress.fastprogress import format_time
 
 from .data import Source
 from .distributed import first
+from .pairs import check_pairs
 from .recipe import Recipe
 from .record import in_use, read_record, record_name, records_dir, write_record
 from .report import check_report, save_report
 from .run import train_run
 
 # %% ../../nbs/api/35_bench.compare.ipynb #c39aacbe
-def _run(file, arm, seed, recipe, source):
+def _run(file, arm, seed, recipe, source, judging):
     checkpoint = file.parent.parent/'checkpoints'/f'{file.stem}.pt'
     checkpoint.parent.mkdir(exist_ok=True)
     record = train_run(arm, seed, recipe, source, checkpoint=checkpoint)
+    if judging: record['judging'] = judging
     if first():
         write_record(record, file.parent)
         checkpoint.unlink(missing_ok=True)
     return record
 
-def _run_missing(todo, have, recipe, source):
+def _run_missing(todo, have, others, recipe, source, judging):
     took = [o['seconds'] for o in have.values()]
     for i,(file,arm,seed) in enumerate(todo, 1):
+        check_pairs([*have.values(), *others])
         note = ''
         if file in have: note = ' (finished before)'
         elif took: note = f', about {format_time(mean(took)*(len(todo) - len(have)))} to go'
         if first(): print(f'run {i}/{len(todo)}: {arm.name}, seed {seed}{note}', flush=True)
         if file in have: continue
-        have[file] = _run(file, arm, seed, recipe, source)
+        have[file] = _run(file, arm, seed, recipe, source, judging)
         took.append(have[file]['seconds'])
 
 def _remove_empty(path):
@@ -51,6 +54,7 @@ def compare(
     source:Source, # the data
     recipe:Recipe, # how to train
     out:str, # directory for `records/`, `checkpoints/`, `table.csv` and `report.html`
+    judging:dict=None, # what was declared about judging, as `Plan.judging`, for each record to keep
 ) -> str: # the table as text; empty in all processes but the first
     "Make the runs that are missing, seed by seed, and report on all of this recipe that `out` holds."
     check_report()
@@ -61,7 +65,8 @@ def compare(
     with in_use(out) if first() else nullcontext():
         have = {f: read_record(f) for f,*_ in todo if f.exists()}
         others = [read_record(f) for f in sorted(path.glob(f'*-{mark}.json')) if f not in have]
-        _run_missing(todo, have, recipe, source)
+        _run_missing(todo, have, others, recipe, source, judging)
+        check_pairs([*have.values(), *others])
         if not first(): return ''
         _remove_empty(Path(out)/'checkpoints')
         return save_report([*(have[f] for f,*_ in todo), *others], out)

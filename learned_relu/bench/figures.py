@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from .stats import bootstrap_interval, interval, paired
+from .pairs import paired
+from .stats import BOOTSTRAP_FROM, anytime_interval, bootstrap_interval, interval
 from .table import BOARD_NOISE
 from ..functional import learned_relu
 from ..history import mean_values, plot_curves, plot_map
@@ -54,11 +55,20 @@ def plot_accuracy(
     return fig
 
 # %% ../../nbs/api/34_bench.figures.ipynb #0051a93e
+def _draw_intervals(ax, y, d):
+    if len(d) < 2: return
+    ax.plot(interval(d), [y, y], color='C1', lw=6, alpha=.6, solid_capstyle='butt', label='95 % interval, t')
+    thin = dict(lw=2, marker='|', ms=8)
+    anytime = anytime_interval(d)
+    if np.isfinite(anytime[0]): ax.plot(anytime, [y - .22]*2, color='C4', label='95 % interval, anytime-valid', **thin)
+    if len(d) < BOOTSTRAP_FROM: return
+    ax.plot(bootstrap_interval(d), [y + .22]*2, color='C2', label='95 % interval, bootstrap', **thin)
+
 @_literal
 def plot_pairs(
     records:list, # records of one recipe
 ): # a figure, or None where nothing is paired
-    "Paired differences of final accuracy to `relu`, with 95 % intervals of Student's t and of the bootstrap."
+    "Paired differences of final accuracy to `relu`, with 95 % intervals: t, anytime-valid and of the bootstrap."
     arms = dict.fromkeys(r['arm'] for r in records if r['arm'] != 'relu')
     found = [(o, d) for o in arms if len(d := paired(records, o, 'relu')*100)]
     if not found: return None
@@ -66,10 +76,7 @@ def plot_pairs(
     ax.axvspan(-BOARD_NOISE, BOARD_NOISE, color='grey', alpha=.15, lw=0, label='noise of the boards, ±1 point')
     ax.axvline(0, color='grey', ls=':', label='relu')
     for i,(_,d) in enumerate(found):
-        if len(d) > 1:
-            ax.plot(interval(d), [i, i], color='C1', lw=6, alpha=.6, solid_capstyle='butt', label='95 % interval, t')
-            below = [i + .22]*2
-            ax.plot(bootstrap_interval(d), below, color='C2', lw=2, marker='|', ms=8, label='95 % interval, bootstrap')
+        _draw_intervals(ax, i, d)
         ax.plot(d, [i]*len(d), 'o', color='C0', ms=5, label='seeds')
         ax.plot(d.mean(), i, 'D', color='k', mfc='none', ms=9, label='mean')
     ax.set_yticks(range(len(found)), [f'{o} (n={len(d)})' for o,d in found])

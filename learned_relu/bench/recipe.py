@@ -139,10 +139,18 @@ def loss_func(self:Recipe): # what a `Learner` takes as `loss_func`
 # %% ../../nbs/api/30_bench.recipe.ipynb #eae5ccc7
 @dataclass(frozen=True)
 class Plan:
-    "What a recipe file says: what the arms have in common, the arms, and how many seeds."
+    "What a recipe file says: what the arms have in common, the arms, how many seeds, and how they are judged."
     recipe:dict # fields of `Recipe`, as far as they are given
     arms:tuple=() # names of arms; empty where the file names none
     seeds:int=None # number of seeds; None where the file does not say
+    margin:float=None # points of accuracy within which two arms are equivalent; None where none is declared
+    measures:tuple=() # what is compared, 'accuracy' and perhaps 'valid_loss'; empty where the file does not say
+
+    @property
+    def judging(self) -> dict: # `margin` and `measures`; None where the file declares neither
+        "What a record keeps of how it will be judged."
+        if self.margin is None and not self.measures: return None
+        return dict(margin=self.margin, measures=list(self.measures) or ['accuracy'])
 
 def _parsed(file):
     try: import tomllib as toml
@@ -156,12 +164,19 @@ def _parsed(file):
     except (toml.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
 
 def _check_keys(file, found):
-    known = [*sorted(o.name for o in fields(Recipe)), 'arms', 'seeds', 'base']
+    known = [*sorted(o.name for o in fields(Recipe)), 'arms', 'seeds', 'margin', 'measures', 'base']
     for k in found:
         if k in known: continue
         near = get_close_matches(k, known, 1)
         meant = f', perhaps meant as {near[0]!r}' if near else ''
         raise ValueError(f'{file.name} has a key {k!r}{meant}: pass some of {", ".join(known)}')
+
+def _check_judging(file, margin, measures):
+    number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+    if margin is not None and not (number and 0 < margin < 100):
+        raise ValueError(f'{file.name}: margin is {margin!r}: pass points of accuracy, above 0 and below 100')
+    if measures not in ([], ['accuracy'], ['accuracy', 'valid_loss']):
+        raise ValueError(f"{file.name}: measures is {measures!r}: pass ['accuracy'] or ['accuracy', 'valid_loss']")
 
 # %% ../../nbs/api/30_bench.recipe.ipynb #6c36930b
 def read_recipe(
@@ -182,10 +197,13 @@ def read_recipe(
     seeds = found.pop('seeds', below.seeds)
     if seeds is not None and (isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1):
         raise ValueError(f'{file.name}: seeds is {seeds!r}: pass a count, 1 or more')
+    margin = found.pop('margin', below.margin)
+    measures = found.pop('measures', list(below.measures))
+    _check_judging(file, margin, measures)
     recipe = below.recipe | found
     try: Recipe(**recipe)
     except (TypeError, ValueError) as e: raise type(e)(f'{file.name}: {e}') from e
-    return Plan(recipe, tuple(arms), seeds)
+    return Plan(recipe, tuple(arms), seeds, margin, tuple(measures))
 
 def planned(
     recipe:str, # a TOML file, or None

@@ -19,8 +19,10 @@ from markupsafe import Markup
 
 from .._files import whole_file
 from .figures import plot_accuracy, plot_pairs, plot_params, plot_shapes
+from .record import ran_on
 from .stats import check_statistics
-from .table import board_rows, leaderboard, readable, readable_tests, table
+from .table import (board_rows, declared, leaderboard, readable, readable_coverage,
+                                      readable_equivalence, readable_losses, readable_tests, table)
 
 # %% ../../nbs/api/34_bench.report.ipynb #c9f1400e
 def _tomli_w():
@@ -79,11 +81,12 @@ def report_page(
     return html_page('report.html', dict(
         title=f'{r["data"]["name"]}: {r["recipe"]["arch"]}',
         results=readable(df), accuracy=_png(plot_accuracy(records)),
-        tests=readable_tests(df), pairs=_png(plot_pairs(records)),
+        tests=readable_tests(df), pairs=_png(plot_pairs(records)), coverage=readable_coverage(),
+        declared=declared(records)[1], equivalence=readable_equivalence(df), losses=readable_losses(df),
         learned=learned,
         board=board_rows(leaderboard(records)),
         recipe=recipe_toml(r['recipe']),
-        data=r['data'], hardware=r['hardware'],
+        data=r['data'], hardware='; '.join(dict.fromkeys(map(ran_on, records))),
         versions=', '.join(f'{k} {v}' for k,v in r['versions'].items()),
         commits=', '.join(dict.fromkeys(str(o['commit']) for o in records))))
 

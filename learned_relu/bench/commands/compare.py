@@ -38,4 +38,5 @@ def learned_relu_compare(
         if arms is not None: names = [o.strip() for o in arms.split(',') if o.strip()]
         if not names: raise ValueError('arms is empty: name one at least, for example --arms relu,learned')
         chosen = [Arm(o) for o in dict.fromkeys(names)]
-        run_arms(chosen, list(range(n)), how, out or out_dir(recipe, how.data), skip_unreadable, workers, cache)
+        to = out or out_dir(recipe, how.data)
+        run_arms(chosen, list(range(n)), how, to, skip_unreadable, workers, cache, plan.judging)

@@ -58,11 +58,12 @@ def run_arms(
     skip_unreadable:bool=False, # leave out images that cannot be read
     workers:int=2, # processes that load images
     cache:bool=True, # decode all images once, into a file that later runs share
+    judging:dict=None, # what was declared about judging, as `Plan.judging`
 ):
     "Train, report, and say where; an interrupt says how to go on."
     try:
         source = Source(recipe.data, recipe.size, recipe.source, skip_unreadable, workers, cache)
-        text = compare(arms, seeds, source, replace(recipe, data=source.asked), out)
+        text = compare(arms, seeds, source, replace(recipe, data=source.asked), out, judging)
     except KeyboardInterrupt:
         sys.exit(f'stopped: finished runs and epochs are kept in {out}, and the same command goes on from there')
     if first(): print(f'{text}\n\n{Path(out)/"table.csv"}\n{Path(out)/"report.html"}')

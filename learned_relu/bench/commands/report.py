@@ -14,6 +14,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 
 from ..._files import whole_file
+from ..pairs import check_pairs
 from ..record import read_records
 from ..report import html_page, save_report
 from ..table import readable, table
@@ -50,6 +51,7 @@ def _note(folder, by_digest):
     return 'None of its records can be read.' if any(folder.glob('records/*.json')) else 'Not training records.'
 
 def _report(folder, out, records):
+    check_pairs(records)
     (out/folder).mkdir(parents=True, exist_ok=True)
     save_report(records, out/folder)
     first = records[0]
@@ -60,8 +62,12 @@ def _section(folder, out, by_digest):
     readme = folder/'README.md'
     about = first_paragraph(readme.read_text(encoding='utf-8')) if readme.is_file() else ''
     def place(digest): return Path(folder.name, digest) if len(by_digest) > 1 else Path(folder.name)
-    tables = [_report(place(k), out, records) for k,records in by_digest.items()]
-    return dict(folder=folder.name, about=about, note=_note(folder, by_digest), tables=tables)
+    tables,refused = [],[]
+    for k,records in by_digest.items():
+        try: tables.append(_report(place(k), out, records))
+        except ValueError as e: refused.append(f'{folder}, recipe {k}: {e}')
+    note = 'Some of its runs are no pairs, and are not reported on.' if refused else _note(folder, by_digest)
+    return dict(folder=folder.name, about=about, note=note, tables=tables), refused
 
 # %% ../../../nbs/api/38_bench.commands.report.ipynb #92b61fd8
 @call_parse
@@ -77,13 +83,17 @@ def learned_relu_report(
     try: to.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise SystemExit(f'error: out is {out!r}, which cannot be written ({e.strerror}): pass another --out') from e
-    sections,broken = [],[]
+    sections,broken,unpaired = [],[],[]
     for folder in folders:
         by_digest,wrong = read_records(folder)
-        sections.append(_section(folder, to, by_digest))
+        section,refused = _section(folder, to, by_digest)
+        sections.append(section)
         broken += wrong
+        unpaired += refused
     with whole_file(to/'index.html') as temp:
         temp.write_text(html_page('index.html', dict(sections=sections)), encoding='utf-8')
     print(Path(out)/'index.html')
-    said = f'error: {len(broken)} records cannot be read, the others are reported on:'
-    if broken: raise SystemExit('\n'.join([said, *broken]))
+    said = []
+    if broken: said += [f'error: {len(broken)} records cannot be read, the others are reported on:', *broken]
+    if unpaired: said += ['error: runs that are no pairs are not reported on:', *unpaired]
+    if said: raise SystemExit('\n'.join(said))

@@ -142,9 +142,8 @@ def learned_relu_speed(
     names = [o.strip() for o in archs.split(',') if o.strip()]
     _check_asked(path, rounds, steps, names)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    made = made_by(device, dict(capability=torch.backends.cpu.get_cpu_capability()))
     about = dict(format=FORMAT, began=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), shape=(32, 64, 32, 32),
-                 environment=_environment(), **made)
+                 environment=_environment(), **made_by(device, {}))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temp:

@@ -42,10 +42,11 @@ def learned_relu_train(
         if act_fn and arm: raise ValueError(f'arm is {arm!r}, and act_fn {act_fn!r}: pass one of them')
         if woof: kwargs['data'] = 'imagewoof'
         chosen = Arm(f'torch.nn.{act_fn}' if act_fn else arm or 'learned')
-        how,_ = planned(recipe, kwargs)
+        how,plan = planned(recipe, kwargs)
         if runs < 1: raise ValueError(f'runs is {runs}: pass a count, 1 or more')
         if dump:
             set_seed(seed)
             return print(arm_model(chosen, how, 10, 1 if how.data == 'mnist' else 3))
         seeds = list(range(seed, seed + runs))
-        run_arms([chosen], seeds, how, out or out_dir(recipe, how.data), skip_unreadable, workers, cache)
+        to = out or out_dir(recipe, how.data)
+        run_arms([chosen], seeds, how, to, skip_unreadable, workers, cache, plan.judging)
