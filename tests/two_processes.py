@@ -21,7 +21,7 @@ before = type(freeze).before_step
 def noted(self):
     before(self)
     seen.append(float(self.learn.xb[0].mean()))
-    if self._pinned is not None and not half: half.append([p.tolist() for p, _ in self._pinned])
+    if self._pinned is not None and not half: half.append([p.tolist() for params, _ in self._pinned for p in params])
 type(freeze).before_step = noted
 fit(learn, recipe)
 say = dict(rank=rank_distrib(), processes=num_distrib(), first=first(), seen=seen, half=half[0],
