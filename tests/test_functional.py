@@ -220,3 +220,8 @@ def test_compiled_without_a_graph_break():
 @pytest.mark.parametrize('curve', [learned_relu, learned_relu_reference])
 def test_bad_input_is_named(curve, x, ps, channel_dim, error, words):
     with pytest.raises(error, match=words): curve(x, *ps, channel_dim)
+
+
+def test_the_reference_is_found_where_it_was():
+    from learned_relu import functional
+    assert functional.learned_relu_reference is learned_relu_reference

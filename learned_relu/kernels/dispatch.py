@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._torch import in_memory, transformed
 from . import cpu, eager
-from .layout import layout_for, values_of, with_strides
+from .layout import layout_for, with_strides
 from .node import Node
 from ..reference import (
     check_input, check_parameters, gradients, learned_relu_reference, lined_up, negative_part, shifted)

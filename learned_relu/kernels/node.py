@@ -95,19 +95,22 @@ class Node:
         if (path := place()).exists(): self.curve = loaded(path, self.otherwise)
         return path.exists()
 
+    def compile(self):
+        "Compile the library, unless it is there; raises what goes wrong."
+        if (path := place()).exists(): return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with whole_file(path) as temp: self._run([*command(), '-o', temp])
+
     def make(self):
         "Compile the library, unless it is there, and load it; raises what goes wrong."
-        if self.load(): return
-        path = place()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with whole_file(path) as temp: self._compile([*command(), '-o', temp])
+        self.compile()
         self.load()
 
-    def _compile(self, command):
+    def _run(self, command):
         quiet = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
         with subprocess.Popen(command, start_new_session=True, **quiet) as self._process:
             with suppress(OSError): os.setpriority(os.PRIO_PGRP, self._process.pid, 19)
-            with suppress(BrokenPipeError): self._process.communicate(source)
+            self._process.communicate(source)
         if self._process.returncode: raise subprocess.CalledProcessError(self._process.returncode, command)
 
     def _end(self, pid, thread):
