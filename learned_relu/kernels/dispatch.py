@@ -138,6 +138,16 @@ def _differentiable(how, g, params, y, signs, kept):
     with torch.no_grad(): clipped = shifted(kept, *lines[:2]) >= lines[2]
     return gradients(g, kept > 0, clipped, negative_part(kept, lines[0]), params, lines)
 
+def _by_backend(x, params, channel_dim, num, name):
+    backend,plan = _planned(x, params, channel_dim, num, name)
+    leak,sub,maxv = params
+    learns = leak.requires_grad or sub.requires_grad or maxv.requires_grad
+    if not (torch.is_grad_enabled() and (learns or x.requires_grad)): return backend.forward(x, plan, False)[0]
+    kept,plan = backend.keep(x, plan, leak.requires_grad)
+    whole = kept is x
+    return _Curve.apply(x, *params, None if whole else kept, _How(backend, plan, channel_dim, whole))
+
+# %% ../../nbs/api/00_kernels.dispatch.ipynb #40de0002
 def _back_of_node(g, saved, strides, channel_dim, need):
     "What the native node leaves to Python on the way back: what is no ordinary memory any more, or differentiated again."
     leak,sub,maxv,first,*signs = saved
@@ -151,15 +161,6 @@ def _back_of_node(g, saved, strides, channel_dim, need):
     return _back(_How(cpu, plan, channel_dim, not signs), memory and memory[:4], g, params, *kept, need)
 
 node = Node(None if _interpreted else _back_of_node)
-
-def _by_backend(x, params, channel_dim, num, name):
-    backend,plan = _planned(x, params, channel_dim, num, name)
-    leak,sub,maxv = params
-    learns = leak.requires_grad or sub.requires_grad or maxv.requires_grad
-    if not (torch.is_grad_enabled() and (learns or x.requires_grad)): return backend.forward(x, plan, False)[0]
-    kept,plan = backend.keep(x, plan, leak.requires_grad)
-    whole = kept is x
-    return _Curve.apply(x, *params, None if whole else kept, _How(backend, plan, channel_dim, whole))
 
 # %% ../../nbs/api/00_kernels.dispatch.ipynb #5a00b96f
 def curve(

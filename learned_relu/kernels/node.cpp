@@ -17,7 +17,7 @@ using torch::autograd::variable_list;
 enum Kind { LOST, FORWARD, BACKWARD, KINDS };
 static I (*kernels[3][KINDS])(const Call*); // of float32, float64 and bfloat16
 static PyObject* otherwise; // the way back in Python
-static c10::DispatchKeySet usual, frozen; // what ordinary memory is known by, the second where it was made for inference
+static c10::DispatchKeySet usual, frozen; // what ordinary memory is known by; the second if it was made for inference
 
 static int row(at::ScalarType t) { return t == at::kFloat ? 0 : t == at::kDouble ? 1 : t == at::kBFloat16 ? 2 : -1; }
 
@@ -53,6 +53,13 @@ static Layout layout(const Tensor& x, I dim, I num) { // no channels where the k
 static Tensor like(const Tensor& t) { return at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()); }
 static void* at_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
 
+template<class From, class To> static Tensor converted(const Tensor& t, at::ScalarType to) { // few values
+  Tensor res = at::detail::empty_cpu(t.sizes(), to);
+  const From* from = t.const_data_ptr<From>();
+  To* all = res.mutable_data_ptr<To>();
+  for (I i = 0; i < t.numel(); i++) all[i] = static_cast<To>(from[i]);
+  return res;
+}
 struct Given { // an input, or what lies in memory as it did, and the parameters that go with it
   Layout lay{};
   I num = 1;
@@ -66,8 +73,10 @@ struct Given { // an input, or what lies in memory as it did, and the parameters
       const Tensor& p = params[i];
       if (p.dim() > 1 || (p.numel() != 1 && p.numel() != num)) return;
       Tensor v = p.dim() == 1 && p.size(0) == num ? p : p.reshape(-1).expand(num);
-      if (p.scalar_type() != wide) v = v.to(type).to(wide);
-      values[i] = v.contiguous();
+      bool half = p.scalar_type() == at::kBFloat16 && p.scalar_type() == type;
+      if (p.scalar_type() != wide && !half) v = v.to(type).to(wide);
+      v = v.contiguous();
+      values[i] = half ? converted<at::BFloat16, float>(v, wide) : v;
     }
     lay = layout(x, dim, num);
     call.leak = at_of(values[0]); call.sub = at_of(values[1]); call.maxv = at_of(values[2]);
@@ -76,7 +85,9 @@ struct Given { // an input, or what lies in memory as it did, and the parameters
   explicit operator bool() const { return lay.channels; }
 };
 static Tensor fitted(const Tensor& grad, const Tensor& p) {
+  bool half = grad.scalar_type() == at::kFloat && p.scalar_type() == at::kBFloat16;
   if (grad.sizes() == p.sizes() && grad.scalar_type() == p.scalar_type()) return grad;
+  if (grad.sizes() == p.sizes() && half) return converted<float, at::BFloat16>(grad, at::kBFloat16);
   return (p.numel() > 1 ? grad : grad.sum()).reshape(p.sizes()).to(p.scalar_type());
 }
 
