@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ._torch import has_values, shared_out
+from ._torch import has_values, in_memory, shared_out, transformed
 from .averages import Averaged
 
 # %% ../nbs/api/02_act_layer.ipynb #c253fdb1
@@ -125,6 +125,16 @@ class _Values(Averaged):
         res += ''.join(f', {k}={v[0].item():.4g}' for k,v in fixed.items() if v.unique().numel() == 1)
         return res + (f', channel_dim={self.channel_dim}' if self.channel_dim != 1 else '')
 
+# %% ../nbs/api/02_act_layer.ipynb #40de2002
+def _at_hand(layer): # value by kind, as `current` has it; what is missing takes more than a look
+    if layer.training: return layer._parameters
+    count = layer._buffers.get('num_averaged')
+    if count is None or torch.is_grad_enabled() or transformed(): return {}
+    if not (in_memory(count) and count.is_cpu): return {}
+    learned = {k: p for k in layer.learn if type(p := layer._parameters.get(k)) is nn.Parameter}
+    if not count.item(): return learned
+    return {k: layer._buffers[f'{k}_avg'].to(p.dtype) for k,p in learned.items()}
+
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b03
 class ActLayer(_Values):
     "Abstract layer: values of named kinds, learned or fixed, with averages; subclasses implement `curve`."
@@ -161,7 +171,7 @@ class ActLayer(_Values):
     ) -> Tensor: # shape, dtype and memory format of `x`
         "The curve at `x`, with parameters in training, and with their averages in evaluation once there are any."
         if isinstance(x, Proxy) and (node := call_in_graph(self, x)) is not None: return node
-        known = self._parameters if self.training else () # `current` says the same, in three calls more
+        known = _at_hand(self)
         values = {k: known[k] if k in known else self.current(k) for k in self.kinds}
         if self.writes_back: return x.copy_(self.curve(x.clone(), values, self.channel_dim))
         return self.curve(x, values, self.channel_dim)

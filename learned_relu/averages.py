@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ._torch import has_values, in_memory, transformed, whole
+from ._torch import has_values, whole
 
 # %% ../nbs/api/01_averages.ipynb #3c2b646d
 def wide(
@@ -64,10 +64,6 @@ class _Kept(nn.Module):
         if 'num_averaged' in missing: self.num_averaged = torch.zeros_like(self.num_averaged, device=p.device)
 
 # %% ../nbs/api/01_averages.ipynb #7d1f0c01
-def _known(num_averaged): # a number, where asking for it holds up nothing and nobody
-    if torch.is_grad_enabled() or transformed() or not in_memory(num_averaged) or not num_averaged.is_cpu: return None
-    return num_averaged.item()
-
 def _differ(those, these): return not all(torch.equal(whole(a), whole(b)) for a,b in zip(those, these))
 
 class Averaged(_Kept):
@@ -76,13 +72,10 @@ class Averaged(_Kept):
         kind:str, # name of a value of the layer
     ) -> Tensor: # the parameter in training, its average in evaluation once there is one
         "The value of `kind` that the layer computes with now."
-        p = self._parameters.get(kind)
-        if p is None: p = getattr(self, kind) # a buffer, or computed from something else
+        p = getattr(self, kind)
         if self.training or kind not in self.learn: return p
         avg = getattr(self, f'{kind}_avg')
-        if (averaged := _known(self.num_averaged)) is None:
-            value = torch.where(self.num_averaged > 0, avg, whole(p, avg))
-        else: value = avg if averaged > 0 else whole(p, avg)
+        value = torch.where(self.num_averaged > 0, avg, whole(p, avg))
         return value.to(p.dtype) if isinstance(p, Tensor) and p.dtype != value.dtype else value
 
     @torch.no_grad()
