@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ._torch import has_values, in_memory, shared_out, transformed
+from ._torch import has_values, shared_out, transformed
 from .averages import Averaged
 
 # %% ../nbs/api/02_act_layer.ipynb #c253fdb1
@@ -129,11 +129,11 @@ class _Values(Averaged):
 def _at_hand(layer): # value by kind, as `current` has it; what is missing takes more than a look
     if layer.training: return layer._parameters
     count = layer._buffers.get('num_averaged')
-    if count is None or torch.is_grad_enabled() or transformed(): return {}
-    if not (in_memory(count) and count.is_cpu): return {}
+    if type(count) is not Tensor or not count.is_cpu or torch.is_grad_enabled() or transformed(): return {}
     learned = {k: p for k in layer.learn if type(p := layer._parameters.get(k)) is nn.Parameter}
     if not count.item(): return learned
-    return {k: layer._buffers[f'{k}_avg'].to(p.dtype) for k,p in learned.items()}
+    averages = {k: layer._buffers[f'{k}_avg'] for k in learned}
+    return {k: v if v.dtype is learned[k].dtype else v.to(learned[k].dtype) for k,v in averages.items()}
 
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b03
 class ActLayer(_Values):
