@@ -21,12 +21,13 @@ except ImportError: FakeTensor = ()
 # %% ../nbs/api/00_torch.ipynb #d532a65d
 _transforms = getattr(torch._C, '_are_functorch_transforms_active', None)
 _modes = getattr(torch._C, '_len_torch_dispatch_stack', None)
+_tracing = getattr(torch._C, '_is_tracing', torch.jit.is_tracing)
 
 def transformed() -> bool: # True under torch.compile, export, tracing, torch.func, forward-mode AD and dispatch modes
     "Whether somebody looks at what is computed who has to see every operation."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return True
+    if torch.compiler.is_compiling() or _tracing(): return True
     if _transforms is None or _modes is None: return True
-    return _transforms() or _modes() > 0 or forward_mode()
+    return _transforms() or _modes() > 0 or getattr(forward_ad, '_current_level', 0) >= 0
 
 def forward_mode() -> bool: # True within `torch.autograd.forward_ad` and `torch.func.jvp`
     "Whether tangents are computed along with the values."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ._torch import has_values, shared_out
+from ._torch import has_values, shared_out, transformed
 from .averages import Averaged
 
 # %% ../nbs/api/02_act_layer.ipynb #c253fdb1
@@ -131,6 +131,16 @@ class _Values(Averaged):
         if any(getattr(o, '__qualname__', '').startswith('layer_info.') for o in looks): return None
         raise AttributeError(f'{type(self).__name__} has no weight: its values are {self.kinds}')
 
+# %% ../nbs/api/02_act_layer.ipynb #40de2002
+def _at_hand(layer): # value by kind, as `current` has it; what is missing takes more than a look
+    if layer.training: return layer._parameters
+    count = layer._buffers.get('num_averaged')
+    if type(count) is not Tensor or not count.is_cpu or torch.is_grad_enabled() or transformed(): return {}
+    learned = {k: p for k in layer.learn if type(p := layer._parameters.get(k)) is nn.Parameter}
+    if not count.item(): return learned
+    averages = {k: layer._buffers[f'{k}_avg'] for k in learned}
+    return {k: v if v.dtype is learned[k].dtype else v.to(learned[k].dtype) for k,v in averages.items()}
+
 # %% ../nbs/api/02_act_layer.ipynb #7d1f0b03
 class ActLayer(_Values):
     "Abstract layer: values of named kinds, learned or fixed, with averages; subclasses implement `curve`."
@@ -167,7 +177,8 @@ class ActLayer(_Values):
     ) -> Tensor: # shape, dtype and memory format of `x`
         "The curve at `x`, with parameters in training, and with their averages in evaluation once there are any."
         if isinstance(x, Proxy) and (node := call_in_graph(self, x)) is not None: return node
-        values = {k: self.current(k) for k in self.kinds}
+        known = _at_hand(self)
+        values = {k: known[k] if k in known else self.current(k) for k in self.kinds}
         if self.writes_back: return x.copy_(self.curve(x.clone(), values, self.channel_dim))
         return self.curve(x, values, self.channel_dim)
 

@@ -3,6 +3,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from learned_relu.kernels.dispatch import node
+
+
+@pytest.fixture
+def without_node(monkeypatch):
+    "The curve without a native node, whether or not one was loaded"
+    monkeypatch.setattr(node, 'curve', lambda *_: None)
+
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory):

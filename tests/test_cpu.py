@@ -2,8 +2,10 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from learned_relu.layers import GeneralRelu, LearnedRelu
 from learned_relu.reference import learned_relu_reference
 
 pytestmark = pytest.mark.skipif(build.kernels() is None, reason='needs Linux and a C++ compiler')
+node_possible = pytest.mark.skipif(build.kernels() is None or not (Path(sysconfig.get_path('include'))/'Python.h').exists(),
+                                   reason='needs Linux, a C++ compiler and Python.h')
 SLOPES = dict(usual=lambda n: torch.linspace(.05, .3, n), zero=torch.zeros, some=lambda n: torch.arange(n) % 3*.1,
               first=lambda n: (torch.arange(n) > 0)*.1, below=lambda n: -torch.ones(n)*.1)
 
@@ -237,7 +241,7 @@ def test_one_value_for_a_whole_input_in_any_order():
 
 
 @pytest.fixture
-def fresh(monkeypatch):
+def fresh(monkeypatch, without_node):
     "No kernels loaded, before and after; what is compiled meanwhile is compiled quickly"
     flags = [o for o in build._flags() if o != '-O3']
     monkeypatch.setattr(build, '_flags', lambda: [*flags, '-O0'])

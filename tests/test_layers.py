@@ -135,3 +135,19 @@ def test_only_positive_inputs_count_where_asked():
     (lambda: LearnedRelu()(torch.zeros(2, dtype=torch.int)), TypeError, 'torch.int32')])
 def test_bad_input_is_named(bad, error, words):
     with pytest.raises(error, match=words): bad()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('updates', [0, 2])
+def test_evaluation_reads_the_same_with_and_without_gradients(updates, dtype):
+    m = LearnedRelu(3, dtype=dtype)
+    for _ in range(updates):
+        m.update_averages(.5)
+        with torch.no_grad(): m.leak.add_(.1)
+    m.train().eval()
+    x = torch.linspace(-2, 12, 12, dtype=dtype).view(4, 3)
+    want = m(x)
+    with torch.no_grad(): got = m(x)
+    with torch.inference_mode(): frozen = m(x)
+    assert want.requires_grad and torch.equal(got, want) and torch.equal(frozen, want) and got.dtype == dtype
+    assert torch.equal(want, m.train()(x)) == (updates == 0)

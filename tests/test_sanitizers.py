@@ -3,12 +3,14 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from functools import partial
 from pathlib import Path
 
 import pytest
+from test_cpu import node_possible
 
-from learned_relu.kernels import build
+from learned_relu.kernels import build, node
 
 HERE = Path(__file__).parent
 GXX = shutil.which('g++')
@@ -25,6 +27,16 @@ def test_no_warnings(compiler, openmp):
     flags = ['-std=c++17', '-O1', '-Wall', '-Wextra', '-Werror', '-Wno-psabi', '-fsyntax-only', '-x', 'c++', '-']
     flags = (['-fopenmp'] if openmp else ['-Wno-unknown-pragmas']) + flags
     done = subprocess.run([compiler, *flags], input=build.source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@node_possible
+@pytest.mark.parametrize('compiler', ['g++', 'clang++'])
+def test_no_warnings_of_the_node(compiler, monkeypatch):
+    if not shutil.which(compiler): pytest.skip(f'there is no {compiler}')
+    monkeypatch.setenv('CXX', compiler)
+    flags = ['-Wall', '-Wextra', '-Werror', '-Wno-unused-command-line-argument']  # the libraries, of which no use is made
+    done = subprocess.run([*node.command(), *flags, '-fsyntax-only'], input=node.source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -49,6 +61,7 @@ def test_no_case_reads_or_writes_beside_its_tensors_or_does_what_is_undefined(ju
     done = judged[1]()
     assert done.returncode == 0 and 'ERROR' not in done.stderr and 'runtime error' not in done.stderr, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) > 500
+    assert 'with a node' in done.stdout or not (Path(sysconfig.get_path('include'))/'Python.h').exists()
 
 
 def test_a_write_beside_a_tensor_is_noticed(judged):

@@ -41,6 +41,11 @@ template<class S> INLINE void store(S* p, V<C<S>> v, I n) {
 }
 template<> INLINE V<float> load(const bfloat16* p, I n) { return widen(load((const uint16_t*)p, n)); }
 template<> INLINE void store(bfloat16* p, V<float> v, I n) { store((uint16_t*)p, narrow(v), n); }
+template<class S> INLINE void store_exact(S* p, V<C<S>> v, I n) { store(p, v, n); } // of what needs no rounding
+template<> INLINE void store_exact(bfloat16* p, V<float> v, I n) {
+  V<uint32_t> w; memcpy(&w, &v, sizeof w);
+  store((uint16_t*)p, __builtin_convertvector(w >> 16, V<uint16_t>), n);
+}
 template<class S> INLINE V<C<S>> rounded(V<C<S>> v) { return v; }
 template<> INLINE V<float> rounded<bfloat16>(V<float> v) { return widen(narrow(v)); }
 
@@ -243,7 +248,7 @@ template<class S> struct Params { // one value per channel of the layout, rounde
 
 template<class S> INLINE uint8_t forward_group(const S* x, S* y, I k, const Curve<C<S>>& c) {
   V<C<S>> v = load(x, k);
-  store(y, c.capped(rounded<S>(c.shifted(v))), k);
+  store_exact(y, c.capped(rounded<S>(c.shifted(v))), k);
   return pack<C<S>>(v > 0);
 }
 template<class S, bool SIGNS, bool ROWS>
