@@ -202,7 +202,7 @@ def test_one_batch_by_hand_before_the_first_fit():
     learn.epoch, learn.train_iter, learn.training, learn.n_iter, learn.pct_train, learn.dl = 0, 0, True, 1, 0., learn.dls.train
     before = [o.param.detach().clone() for o in act_params(learn.model)]
     learn.one_batch(0, b)
-    assert any((o.param != v).any() for o, v in zip(act_params(learn.model), before)) and learn.model[1].num_averaged == 1
+    assert any((o.param != v).any() for o, v in zip(act_params(learn.model), before, strict=True)) and learn.model[1].num_averaged == 1
     learn.add_cbs([Recorder(), ProgressCallback()])
     fit(learn)
     assert not left(learn, learn.cbs.filter(lambda o: isinstance(o, ActCallback)))

@@ -39,7 +39,8 @@ SCHEDULES = dict(fit=lambda learn, n: learn.fit(n, 1e-2, wd=.1), one_cycle=lambd
                  again=lambda learn, n: [learn.fit(1, 1e-2), learn.fit(1, 1e-3)], tune=lambda learn, n: learn.fine_tune(1, 1e-2))
 HELPERS = dict(none=list, accumulate=lambda: [GradientAccumulation(24)], clip=lambda: [GradientClip(.1)], mixup=lambda: [MixUp(.4)],
                bf16=lambda: [MixedPrecision(amp_mode=AMPMode.BF16)], early=lambda: [EarlyStoppingCallback(monitor='leak', patience=1)],
-               best=lambda: [SaveModelCallback(monitor='valid_loss', fname='together')], every=lambda: [SaveModelCallback(every_epoch=True, with_opt=True)],
+               best=lambda: [SaveModelCallback(monitor='valid_loss', fname='together')],
+               every=lambda: [SaveModelCallback(every_epoch=True, with_opt=True)],
                plateau=lambda: [ReduceLROnPlateau(patience=1)], nan=lambda: [TerminateOnNaNCallback()], short=lambda: [ShortEpochCallback(.5)],
                hypers=lambda: [ParamScheduler({'wd': SchedCos(.1, 0.)})])
 
@@ -55,16 +56,16 @@ class Oracle(Callback):
         if self.__dict__.pop('skip', False): return
         acts = act_params(self.learn.model)
         now = [o.param.detach().clone() for o in acts]
-        for o, p in zip(acts, now):
+        for o, p in zip(acts, now, strict=True):
             low, high = o.layer.bounds_of(o.kind)
             assert ((p >= low) & (p <= high)).all(), f'{o.name}.{o.kind} is out of bounds'
         if self.learn.freeze_act_params.frozen:
-            if self.frozen is not None: assert all(torch.equal(a, b) for a, b in zip(self.frozen, now)), 'what is frozen moved'
+            if self.frozen is not None: assert all(torch.equal(a, b) for a, b in zip(self.frozen, now, strict=True)), 'what is frozen moved'
             self.frozen = now
         kept = decay_after(self.n, self.decay, self.warm_up)
-        self.avg = [p if self.n == 0 else kept*a + (1 - kept)*p for a, p in zip(getattr(self, 'avg', now), now)]
+        self.avg = [p if self.n == 0 else kept*a + (1 - kept)*p for a, p in zip(getattr(self, 'avg', now), now, strict=True)]
         self.n += 1
-        for o, a in zip(acts, self.avg): assert_close(getattr(o.layer, f'{o.kind}_avg'), a, rtol=1e-5, atol=1e-7)
+        for o, a in zip(acts, self.avg, strict=True): assert_close(getattr(o.layer, f'{o.kind}_avg'), a, rtol=1e-5, atol=1e-7)
 
 
 def learner(opt, cbs, path):
@@ -175,13 +176,13 @@ def test_many_layers_at_once_have_the_bits_of_one_by_one(dtype):
     one, other = (nn.ModuleList(LearnedRelu(n) for n in (1, 3, 8, 17)).to(dtype) for _ in range(2))
     rng = torch.Generator().manual_seed(0)
     for step in range(6):
-        for a, b in zip(act_params(one), act_params(other)):
+        for a, b in zip(act_params(one), act_params(other), strict=True):
             v = torch.rand(a.param.shape, generator=rng).to(dtype)
             with torch.no_grad(): a.param.copy_(v); b.param.copy_(v)
         update_averages(list(act_layers(one).values()), .9)
         for m in act_layers(other).values(): m.update_averages(.9)
         if step == 3: one[2].reset_averages(); other[2].reset_averages()  # somebody else changes a count
-    for a, b in zip(one.buffers(), other.buffers()): assert torch.equal(a, b)
+    for a, b in zip(one.buffers(), other.buffers(), strict=True): assert torch.equal(a, b)
 
 
 def test_fractions_of_epochs_over_fits_freeze_once_and_for_good():
