@@ -70,7 +70,7 @@ def plot_means(
         ax.ticklabel_format(axis='y', useOffset=False)
         _mark(ax, one)
         ax.set(title=f'{kind}, mean per layer', xlabel='optimizer step', ylabel=kind)
-        if said := hardly_moved(one): ax.set_title(f'{kind}, mean per layer\n{said}', fontsize='medium')
+        if said := hardly_moved(one): ax.set_title(f'{kind}, mean per layer\n{said}', fontsize='small')
         handles,labels = ax.get_legend_handles_labels()
         ax.legend(*zip(*{k: (h, k) for h,k in zip(handles, labels)}.values()), fontsize=7)
     return axs
