@@ -10,11 +10,12 @@ __all__ = ['NoDecayActParams']
 # %% ../../nbs/api/20_callback.decay.ipynb #d760f5f1
 import torch
 from fastai.optimizer import OptimWrapper
+from fastcore.basics import patch
 
 from .._torch import copy_each
 
 from .core import ActCallback, act_order
-from .step import OneStep, steps_by_element
+from ..one_step import OneStep, steps_by_element
 from ..params import act_params, activation_weights
 
 # %% ../../nbs/api/20_callback.decay.ipynb #f23d7dab
@@ -38,39 +39,49 @@ class NoDecayActParams(ActCallback):
         for p in self._weights: self.opt.state.setdefault(p, {})['do_wd'] = False
         if steps_by_element(self.opt): self._together = OneStep(self.opt, ours)
 
-    def before_step(self):
-        "Split the groups of a wrapped optimizer, and note where the parameters are."
-        self._before = [p.detach().clone() for p in self._ours]
-        if not isinstance(self.opt, OptimWrapper): return
-        groups = self.opt.opt.param_groups
-        ids,whole = {id(p) for p in self._weights},[(o, list(o['params'])) for o in groups]
-        self._groups = groups,whole
-        for o,ps in whole:
-            apart = [p for p in ps if id(p) in ids]
-            if not apart: continue
-            o['params'] = [p for p in ps if id(p) not in ids]
-            groups.append({**o, 'params': apart, 'weight_decay': 0.})
+# %% ../../nbs/api/20_callback.decay.ipynb #20a17002
+@patch
+def before_step(self:NoDecayActParams):
+    "Split the groups of a wrapped optimizer, and note where the parameters are."
+    self._before = [p.detach().clone() for p in self._ours]
+    if not isinstance(self.opt, OptimWrapper): return
+    groups = self.opt.opt.param_groups
+    ids,whole = {id(p) for p in self._weights},[(o, list(o['params'])) for o in groups]
+    self._groups = groups,whole
+    for o,ps in whole:
+        apart = [p for p in ps if id(p) in ids]
+        if not apart: continue
+        o['params'] = [p for p in ps if id(p) not in ids]
+        groups.append({**o, 'params': apart, 'weight_decay': 0.})
 
-    def _restore(self):
-        if self._groups is None: return
-        groups,whole = self._groups
-        groups[:] = [o for o,_ in whole]
-        for o,ps in whole: o['params'] = ps
-        self._groups = None
+@patch
+def _restore(self:NoDecayActParams):
+    if self._groups is None: return
+    groups,whole = self._groups
+    groups[:] = [o for o,_ in whole]
+    for o,ps in whole: o['params'] = ps
+    self._groups = None
 
-    def batch(self): self._restore() # of a step in which the whole training was called off
-    def cancelled(self): self._restore()
-    def end(self):
-        self.stepped() # one that was broken off
-        if self._together: self._together.away()
+@patch
+def batch(self:NoDecayActParams): self._restore() # of a step in which the whole training was called off
 
-    def after_cancel_batch(self):
-        "Put the groups back also where another callback called off the whole batch."
-        self._restore()
+@patch
+def cancelled(self:NoDecayActParams): self._restore()
 
-    @torch.no_grad()
-    def stepped(self):
-        self._restore()
-        moved = [old + self.lr_mult*(p - old) for p,old in zip(self._ours, self._before)]
-        if moved: copy_each(self._ours, moved)
-        self._before = ()
+@patch
+def end(self:NoDecayActParams):
+    self.stepped() # one that was broken off
+    if self._together: self._together.away()
+
+@patch
+def after_cancel_batch(self:NoDecayActParams):
+    "Put the groups back also where another callback called off the whole batch."
+    self._restore()
+
+@patch
+@torch.no_grad()
+def stepped(self:NoDecayActParams):
+    self._restore()
+    moved = [old + self.lr_mult*(p - old) for p,old in zip(self._ours, self._before)]
+    if moved: copy_each(self._ours, moved)
+    self._before = ()

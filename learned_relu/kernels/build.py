@@ -60,7 +60,7 @@ def _flags():
     exact = ['-ffp-contract=off', '-fno-trapping-math', '-fno-math-errno', '-fno-exceptions']
     return ['-std=c++17', '-O3', *fast, *exact, '-Wno-psabi', '-fPIC', '-shared', '-nostdlib']
 
-def compiler() -> str|None: # command of a C++ compiler: what `CXX` names, or else GCC or Clang; None where there is none
+def compiler() -> str|None: # command of a C++ compiler: what `CXX` names, or else GCC or Clang; None without one
     "What compiles here."
     return os.environ.get('CXX') or next(filter(shutil.which, ('g++', 'clang++')), None)
 

@@ -149,7 +149,7 @@ def _by_backend(x, params, channel_dim, num, name):
 
 # %% ../../nbs/api/00_kernels.dispatch.ipynb #40de0002
 def _back_of_node(g, saved, strides, channel_dim, need):
-    "What the native node leaves to Python on the way back: what is no ordinary memory any more, or differentiated again."
+    "What the node leaves to Python on the way back: what is no ordinary memory any more or differentiated again."
     leak,sub,maxv,first,*signs = saved
     params = leak,sub,maxv
     kept = (first, *signs, None) if signs else (None, None, first)
