@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from learned_relu.all import act_params
-from learned_relu.callback.telemetry import param_stats
 from learned_relu.learner import sample_inputs
+from learned_relu.spread import param_stats
 
 
 class Drawing(TensorDataset):
