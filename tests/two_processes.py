@@ -21,7 +21,7 @@ before = type(freeze).before_step
 def noted(self):
     before(self)
     seen.append(float(self.learn.xb[0].mean()))
-    if self._pinned is not None and not half: half.append([p.tolist() for params, _ in self._pinned for p in params])
+    if self._pinned is not None and not half: half.append([v.tolist() for _, room in self._pinned for v in room.views])
 type(freeze).before_step = noted
 fit(learn, recipe)
 say = dict(rank=rank_distrib(), processes=num_distrib(), first=first(), seen=seen, half=half[0],
