@@ -157,14 +157,18 @@ def update_averages(
     warm_up:bool=False, # keep less of it while there were few updates, as `decay_after`
 ):
     "Move the averages of many layers towards the parameters, in a few operations; the first update of each copies."
-    alike = defaultdict(list)
+    alike = defaultdict(lambda: ([], []))
     for m in layers:
         kept = decay_after(m.updates(), decay, warm_up)
-        if any(shared_out(getattr(m, k)) for k in m.learn): m.update_averages(kept)
-        else: alike[kept].append(m)
-    for kept,together in alike.items():
+        own = [getattr(m, k) for k in m.learn]
+        if any(map(shared_out, own)):
+            m.update_averages(kept)
+            continue
+        together,params = alike[kept]
+        together.append(m)
+        params += own
+    for kept,(together,params) in alike.items():
         averages = [getattr(m, f'{k}_avg') for m in together for k in m.learn]
-        params = [getattr(m, k) for m in together for k in m.learn]
         lerp_each(averages, _as(averages, params), float(np.float32(1 - kept)))
         add_each([m.num_averaged for m in together], 1)
         for m in together: m._moved()

@@ -24,6 +24,7 @@ from .callback.core import ActCallback, ensure_in_optimizer
 from .callback.decay import NoDecayActParams
 from .callback.ema import EMAActParams
 from .callback.freeze import FreezeActParams
+from .callback.log import LogActParams
 from .callback.telemetry import ActTelemetry
 from .layers import LearnedRelu
 from .params import act_layers
@@ -55,7 +56,7 @@ def sample_inputs(
     return tuple(o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in b[:n])
 
 # %% ../nbs/api/29_learner.ipynb #29a17001
-_ours = NoDecayActParams, ClampActParams, EMAActParams, FreezeActParams, ActTelemetry
+_ours = NoDecayActParams, ClampActParams, EMAActParams, FreezeActParams, ActTelemetry, LogActParams
 
 def _check_starts(model, clamp, given, kwargs):
     "Refuse a start that the first step would take back."

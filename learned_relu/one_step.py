@@ -81,6 +81,7 @@ class OneStep:
         params:list, # those to step together, as far as `opt` has them
     ):
         self.opt,self._ours,self._laid_out = opt,{id(p) for p in params},()
+        self._theirs = vars(opt).get('step') # what somebody else put there, which goes on being called
         opt.step = self
 
     def _ready(self):
@@ -94,10 +95,12 @@ class OneStep:
         hidden = [(p, p.grad) for _,o in parts for p in o.params]
         for i,o in parts: o.step(self.opt.cbs, self.opt.hypers[i])
         for p,_ in hidden: p.grad = None
-        try: return type(self.opt).step(self.opt, closure)
+        step = self._theirs or partial(type(self.opt).step, self.opt)
+        try: return step() if closure is None else step(closure)
         finally:
             for p,g in hidden: p.grad = g
 
     def away(self):
         "Let the optimizer step as it always did."
-        vars(self.opt).pop('step', None)
+        if self._theirs: self.opt.step = self._theirs
+        else: vars(self.opt).pop('step', None)

@@ -43,6 +43,13 @@ def test_a_record_is_read_without_a_trainer():
     assert done.stdout == '[]\n'
 
 
+@pytest.mark.parametrize('command', [[*CMD], [sys.executable, '-m', 'learned_relu.bench.train']], ids=['compare', 'module'])
+def test_who_types_a_command_reads_no_warning_of_what_it_loads(command):
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONWARNINGS'}
+    done = subprocess.run([*command, '--help'], capture_output=True, text=True, check=True, env=env)
+    assert 'usage' in done.stdout and done.stderr == ''
+
+
 @pytest.mark.parametrize('what', ['measured', 'plot_speed'])
 def test_a_speed_record_is_there_when_it_is_whole(what, tmp_path, monkeypatch):
     from learned_relu.bench.commands import speed

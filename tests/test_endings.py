@@ -4,6 +4,7 @@ import itertools
 import random
 import warnings
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fastai.callback.core import (
     CancelValidException,
 )
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import Datasets
 from fastai.learner import Recorder, load_learner
 from fastai.test_utils import synth_learner
@@ -31,6 +33,7 @@ from learned_relu.all import (
     EMAActParams,
     FreezeActParams,
     LearnedRelu,
+    LogActParams,
     NoDecayActParams,
     act_params,
 )
@@ -205,6 +208,7 @@ def test_one_batch_by_hand_before_the_first_fit():
     assert any((o.param != v).any() for o, v in zip(act_params(learn.model), before, strict=True)) and learn.model[1].num_averaged == 1
     learn.add_cbs([Recorder(), ProgressCallback()])
     fit(learn)
+    assert learn.act_telemetry.frame().fit.tolist() == [0]*6 + [1]*12, 'what was done by hand is over where a fit begins'
     assert not left(learn, learn.cbs.filter(lambda o: isinstance(o, ActCallback)))
 
 
@@ -253,3 +257,72 @@ def test_a_splitter_that_leaves_them_out_is_named_before_training(opt):
     assert same(before, state(learn))
     for o in act_params(learn.model): o.param.requires_grad_(False)  # left out on purpose
     with quiet(learn): learn.fit(1)
+
+
+@pytest.mark.parametrize('end', [None, KeyboardInterrupt])
+def test_a_step_that_somebody_else_wrapped_goes_on_being_called_and_stays(end):
+    learn, plain = make(CALLBACKS['all']()), make(CALLBACKS['all']())
+    learn.create_opt(); plain.create_opt()
+    step, made = learn.opt.step, []
+    def counted(): made.append(1); step()
+    learn.opt.step = counted
+    try: fit(learn, 2, [End('after_batch', end, 100)] if end else [])
+    except KeyboardInterrupt: pass
+    assert learn.opt.step is counted and len(made) == (4 if end is None else 2)
+    fit(plain, 2)
+    if end is None: assert same(learn.model.state_dict(), plain.model.state_dict())
+
+
+def test_to_relu_takes_every_callback_of_ours_away(tmp_path):
+    learn = synth_learner(n_trn=2, model=nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 1)))
+    learn.to_learned_relu().add_cb(LogActParams())
+    learn.to_relu()
+    assert not twice(learn)
+    fit(learn)
+
+
+def test_the_summary_counts_what_curves_learn():
+    learn = make()
+    with quiet(learn): said = str(learn.summary())
+    assert f'Total params: {sum(p.numel() for p in learn.model.parameters())}' in said
+    assert not hasattr(learn.model[1], 'weight'), 'which is there while fastai looks, and no longer: its init would fill it'
+
+
+def test_a_frozen_parameter_shows_as_frozen_and_is_marked():
+    learn = make([FreezeActParams(.5), ActTelemetry(1)])
+    fit(learn, 4)
+    df = learn.act_telemetry.frame()
+    assert df.groupby('step').frozen.all().tolist() == [False]*4 + [True]*4 and df.grad.notna().all() and (df.grad[df.frozen] == 0).all()
+    assert (df.grad[~df.frozen] > 0).any()
+    ax = learn.act_telemetry.plot(['leak'])[0]
+    assert 'frozen' in ax.get_legend_handles_labels()[1]
+    learn.remove_cb(FreezeActParams)
+    fit(learn, 1)
+    ax, more = learn.act_telemetry.plot(['leak'])[0], ax
+    assert len(more.lines) == 2 + 3 and len(ax.lines) == 2 + 4, 'two layers; a line where an epoch, or another fit, begins'
+    plt.close('all')
+
+
+def test_another_model_has_a_history_of_its_own():
+    tele, learn, other = ActTelemetry(1), make(), make()
+    other.model = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 4), LearnedRelu(4), nn.Linear(4, 1))
+    for o in learn, other: fit(o, 1, [tele])
+    with pytest.warns(UserWarning, match='The first 1 fits were of another model'): axs = tele.plot_curves()
+    assert len(axs) == 1 and set(tele.frame().fit) == {0, 1}
+
+
+def test_the_history_goes_on_where_a_saved_model_does(tmp_path):
+    def learner():
+        learn = make([ActTelemetry(1)])
+        learn.path = tmp_path
+        return learn
+    whole = learner()
+    fit(whole, 3, [SaveModelCallback(every_epoch=True, with_opt=True)])
+    again = learner()
+    again.load('model_1')
+    with quiet(again): again.fit(3, wd=.1, start_epoch=2)
+    df = again.act_telemetry.frame()
+    assert df.step.drop_duplicates().tolist() == whole.act_telemetry.frame().step.drop_duplicates().tolist() == [*range(6)]
+    assert df.epoch.drop_duplicates().tolist() == [0, 1, 2]
+    before = df[df.epoch < 2].drop(columns='fit')
+    assert before.equals(whole.act_telemetry.frame()[lambda o: o.epoch < 2].drop(columns='fit'))

@@ -54,6 +54,21 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_nothing_had_been(images, tmp_
     assert len(set(whole['telemetry']['step'])) == 12 and all(np.isfinite(whole['train_loss']))
 
 
+@pytest.mark.parametrize('change', [lambda o: o.pop('freeze_act_params'), lambda o: o['act_telemetry'].pop('start')],
+                         ids=['all', 'some'])
+def test_a_checkpoint_of_another_version_is_named_before_any_training(images, tmp_path, monkeypatch, change):
+    recipe, source, file = Recipe(data='noise', **ALL), Source(images, 16), tmp_path/'run.pt'
+    with monkeypatch.context() as m:
+        killed_after(m, 1)
+        with pytest.raises(KeyboardInterrupt): train_run(Arm(ARM), 0, recipe, source, checkpoint=file)
+    state = torch.load(file, weights_only=True)
+    change(state['callbacks'])
+    torch.save(state, file)
+    with pytest.raises(ValueError, match='run.pt was written by another version.*move it away'):
+        train_run(Arm(ARM), 0, recipe, source, checkpoint=file)
+    assert torch.load(file, weights_only=True)['values'] == state['values'], 'it stays as it was'
+
+
 def test_interrupted_twice(images, tmp_path, monkeypatch):
     recipe, source, file = Recipe(data='noise', **ALL), Source(images, 16), tmp_path/'run.pt'
     for n in 1, 2:

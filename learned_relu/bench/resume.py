@@ -97,8 +97,12 @@ def _put_back(learn, state):
     state['opt']['hypers'] = L(state['opt']['hypers'])
     learn.opt.load_state_dict(_moved(state['opt'], next(learn.model.parameters()).device))
 
-def _give_back(learn, rest):
-    for k,cb in _counting(learn).items(): cb.load_state_dict(rest['callbacks'][k])
+def _give_back(learn, rest, file):
+    try:
+        for k,cb in _counting(learn).items(): cb.load_state_dict(rest['callbacks'][k])
+    except KeyError as e:
+        raise ValueError(f'{file.name} was written by another version, which did not keep {e}: '
+                         'move it away, and its run starts anew') from e
     scaler = _scaler(learn)
     if scaler: scaler.load_state_dict(rest['scaler'])
     smooth = learn.recorder.smooth_loss
@@ -150,7 +154,7 @@ class EpochCheckpoint(Callback):
 
     def _give_back(self):
         rest,self._rest = self._rest,None
-        if rest is not None: _give_back(self.learn, rest)
+        if rest is not None: _give_back(self.learn, rest, self.file)
 
     def _write(self, states):
         own = dict(mark=self.mark, values=self.values, seconds=self.seconds, resumed=self.resumed)

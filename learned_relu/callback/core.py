@@ -171,6 +171,8 @@ def fit(self, n_epoch, lr=None, wd=None, cbs=None, *args, **kwargs):
     if not _ours([*self.cbs, *cbs]): return go(cbs)
     only_the_last(self)
     kinds = {type(o) for o in _ours(cbs)}
+    for o in _ours([*self.cbs, *cbs]):
+        if not o._fresh: o.over() # from batches that somebody ran by hand
     with ExitStack() as stack:
         stack.enter_context(self.removed_cbs([o for o in _ours(self.cbs) if type(o) in kinds]))
         for o in sorted(_ours([*self.cbs, *cbs]), key=lambda o: -o.order): stack.callback(o.over) # last in, first out

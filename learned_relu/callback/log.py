@@ -79,7 +79,7 @@ class LogActParams(ActCallback):
                              'or pass runs=trackio.init(...)')
         unknown = [o for o in self.values if o not in self._telemetry.statistics]
         if unknown: raise ValueError(f'values names {unknown[0]!r}: pass some of {self._telemetry.statistics}')
-        self._sent = len(self._telemetry._records)
+        self._sent,_ = self._telemetry.taken
 
     def __getstate__(self): return super().__getstate__() | dict(runs=L()) # a run stays where it is
 
@@ -88,7 +88,7 @@ class LogActParams(ActCallback):
 def _send(self:LogActParams):
     for step,values in self._telemetry.records(self._sent, self.values):
         for o in self._sinks: o.scalars(values, step)
-    self._sent = len(self._telemetry._records)
+    self._sent,_ = self._telemetry.taken
 
 @patch
 def after_batch(self:LogActParams):
@@ -97,8 +97,9 @@ def after_batch(self:LogActParams):
 
 @patch
 def _draw(self:LogActParams):
-    if not self._telemetry._records or self._drawn == self.epoch: return
-    self._drawn,step = self.epoch,self._telemetry._counted
+    records,step = self._telemetry.taken
+    if not records or self._drawn == self.epoch: return
+    self._drawn = self.epoch
     figures = {f'act/map/{k}': self._telemetry.heatmap(k).figure for k in self._telemetry.kinds()}
     figures['act/curves'] = self._telemetry.plot_curves()[0].figure
     for k,figure in figures.items():

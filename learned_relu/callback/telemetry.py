@@ -170,6 +170,11 @@ def kinds(self:ActTelemetry) -> list:
     "The kinds that the present history tells of, in the order of the layers."
     return [*dict.fromkeys(kind for fit,_,_,names,_ in self._records if fit >= self._since for _,kind in names)]
 
+@patch(as_prop=True)
+def taken(self:ActTelemetry) -> tuple: # records, and optimizer steps over all fits
+    "How many there were so far."
+    return len(self._records),self._counted
+
 @patch
 def records(self:ActTelemetry,
     since:int, # number of records to leave out
