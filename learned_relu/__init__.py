@@ -13,6 +13,7 @@ _rooms = {
     'patch': 'PatchReport patch_relus unpatch_relus',
     'fold': 'fold_plan fold_relus',
     'plot': 'plot_layer plot_model',
+    'profile': 'Profile harvest save_profile load_profile plot_profile',
     'caps': 'caps_from_data',
 }
 _room_of = {name: room for room, names in _rooms.items() for name in names.split()}

@@ -29,6 +29,7 @@ from .callback.telemetry import ActTelemetry
 from .layers import LearnedRelu
 from .params import act_layers
 from .patch import AlreadyPatched, batches_counted, patch_relus, unpatch_relus
+from .profile import as_profile
 
 # %% ../nbs/api/29_learner.ipynb #3b9faecd
 @contextmanager
@@ -58,12 +59,13 @@ def sample_inputs(
 # %% ../nbs/api/29_learner.ipynb #29a17001
 _ours = NoDecayActParams, ClampActParams, EMAActParams, FreezeActParams, ActTelemetry, LogActParams
 
-def _check_starts(model, clamp, given, kwargs):
+def _check_starts(model, clamp, given, profile, kwargs):
     "Refuse a start that the first step would take back."
     layer,init = kwargs.get('layer', LearnedRelu),kwargs.get('init')
     kept = init in ('same', 'data') or init is None and not given and batches_counted(model)
-    usual = {} if kept else _defaults(layer)
-    for k,v in (usual | given | (init if isinstance(init, dict) else {})).items():
+    usual = {} if kept or profile else _defaults(layer)
+    starts = [usual | given | (init if isinstance(init, dict) else {}), *(profile.values().values() if profile else ())]
+    for k,v in (o for values in starts for o in values.items()):
         low,high = clamp.bounds_of(layer, k)
         if not isinstance(v, torch.Tensor) and not low <= v <= high:
             raise ValueError(f'{k} starts at {v}, outside its bounds ({low:g}, {high:g}): start inside, '
@@ -100,6 +102,7 @@ def to_learned_relu(self:Learner,
     leak:float=None, # starting slope of the negative side, no unit; None for .05, or as it stood in a trained model
     sub:float=None, # starting shift down, in units of the activation; None for .25, or 0 in a trained model
     maxv:float=None, # starting cap, in units of the activation; None for 10, or none in a trained model
+    values=None, # a `Profile` of values layer by layer, or the path of its file, in place of the three
     per_channel:bool=True, # one value per channel (True), or per layer
     cbs=None, # callbacks to add, in place of those of the same class; None adds those that are not there yet
     sample=None, # inputs to run once; None takes a batch, leaving every random generator as it was
@@ -111,9 +114,10 @@ def to_learned_relu(self:Learner,
     cbs = _chosen(self, cbs)
     clamp = next((o for o in (*cbs, *self.cbs) if isinstance(o, ClampActParams)), None)
     given = {k: v for k,v in dict(leak=leak, sub=sub, maxv=maxv).items() if v is not None}
-    if clamp: _check_starts(self.model, clamp, given, kwargs)
+    profile = None if values is None else as_profile(values)
+    if clamp: _check_starts(self.model, clamp, given, profile, kwargs)
     sample = sample_inputs(self) if sample is None else sample
-    try: report = patch_relus(self.model, sample=sample, per_channel=per_channel, **given, **kwargs)
+    try: report = patch_relus(self.model, sample, per_channel=per_channel, values=profile, **given, **kwargs)
     except AlreadyPatched: return _put_in(self, cbs, _again)
     if not len(report): raise ValueError(f'No activation would learn:\n{report}')
     try: ensure_in_optimizer(self)

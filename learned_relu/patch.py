@@ -22,6 +22,7 @@ from .family import curve_values, start_from_data
 from .layers import LearnedRelu
 from .patch_report import PatchReport, PatchRow
 from .plan import Curves, decide, joined, slots_of, traced
+from .profile import KINDS, as_profile
 from .swap import astray, carry_over, restore, swapped
 from .trace import dummy_input, places_of
 
@@ -68,8 +69,6 @@ def _refuse_shared(slots):
                              "shared='split' for a curve for each call, or shared='tie' for one")
 
 # %% ../nbs/api/04_patch.ipynb #a9b89430
-_family = 'leak', 'sub', 'maxv'
-
 def batches_counted(
     model:nn.Module, # any model
 ) -> int: # 0 for a fresh model, and for one without BatchNorm
@@ -77,23 +76,29 @@ def batches_counted(
     counts = [m.num_batches_tracked for m in model.modules() if getattr(m, 'num_batches_tracked', None) is not None]
     return max((int(o) for o in counts if not o.is_meta), default=0)
 
-def _start(model, init, layer, kwargs):
+def _start(model, init, values, layer, kwargs):
     "Which start is meant, the other arguments of `layer`, and what to say of it."
+    if values is not None:
+        given = ['init'] * (init is not None) + [k for k in KINDS if k in kwargs]
+        if given: raise ValueError(f'values says where curves start, and so does {given[0]}: leave one of them out')
+        if not set(KINDS) <= set(inspect.signature(layer).parameters):
+            raise ValueError(f'values needs a layer with leak, sub and maxv, and {layer.__name__} is none: leave it out')
+        return None, kwargs, []
     if isinstance(init, dict): return None, {**init, **kwargs}, []
     if init not in (None, 'same', 'data'):
         raise ValueError(f"init is {init!r}: pass 'same', 'data', a dict of starting values, or None")
-    fits = set(_family) <= set(inspect.signature(layer).parameters)
+    fits = set(KINDS) <= set(inspect.signature(layer).parameters)
     if init and not fits:
         raise ValueError(f'init={init!r} needs a layer with leak, sub and maxv, and {layer.__name__} is none: '
                          'leave it out')
-    n = 0 if init or not fits or set(kwargs) & set(_family) else batches_counted(model)
+    n = 0 if init or not fits or set(kwargs) & set(KINDS) else batches_counted(model)
     if not n: return init, kwargs, []
     return 'same', kwargs, [f'The model has been trained (BatchNorm counted {n} batches): its curves start as the '
                             f'activations that stood there. init={{}} starts them at the values of {layer.__name__}']
 
 # %% ../nbs/api/04_patch.ipynb #6ad42415
-def _new(slot, layer, init, kwargs, p, alone):
-    "The curves of `slot`."
+def _new(slot, layer, init, kwargs, p, alone, starts):
+    "The curves of `slot`; `starts` yields the values of each."
     takes,old = inspect.signature(layer).parameters,slot.old
     like = (slot.calls[0].device, slot.calls[0].dtype) if slot.calls else (p.device, p.dtype) if p is not None else None
     values = curve_values(old, like[1] if like else torch.float32) if init == 'same' else {}
@@ -105,7 +110,7 @@ def _new(slot, layer, init, kwargs, p, alone):
         if d not in (None, 1) and 'channel_dim' in takes: own['channel_dim'] = d
         where = dict(device=like[0], dtype=like[1]) if like else {}
         own |= {k: v for k,v in where.items() if k in takes}
-        new = layer(**own, **{**values, **kwargs})
+        new = layer(**own, **{**values, **kwargs, **next(starts)})
         if like: new.to(*like)
         new.train((slot.places[0][0] if old is None else old).training)
         if old is not None: carry_over(old, new, alone)
@@ -114,10 +119,11 @@ def _new(slot, layer, init, kwargs, p, alone):
 
 class _Again(Exception): pass
 
-def _fill(model, slots, layer, init, kwargs):
+def _fill(model, slots, layer, init, kwargs, starts):
     p = next((o for o in model.parameters() if o.is_floating_point()), None)
     times = Counter(id(s.old) for s in slots for _ in s.groups)
-    for s in slots: s.new = list(_new(s, layer, init, kwargs, p, times[id(s.old)] == 1))
+    starts = iter(starts)
+    for s in slots: s.new = list(_new(s, layer, init, kwargs, p, times[id(s.old)] == 1, starts))
 
 def _unfit(slot, layer):
     "Why `layer` cannot stand at `slot`."
@@ -138,19 +144,6 @@ def _wanted(model, found, layer, replace, include, exclude):
     _refuse_empty(model, slots, mine, replace, include, exclude)
     n = sum(len(s.calls) for s in slots if s not in mine)
     return mine, dict(excluded=n) if n else {}
-
-def _rows(slots, layer, fused):
-    for s in slots:
-        where,n = ', '.join(s.names),len(s.calls) if s.traced else None
-        if not s.groups: yield PatchRow(where, n, None, s.kind, '', s.note); continue
-        notes = [s.note, f'stands in {len(s.names)} places' if len(s.names) > 1 else '',
-                 'overwrites its input, as before' if s.read_later else '']
-        for i,g in enumerate(s.groups):
-            name = where if len(s.groups) == 1 else ', '.join(f'{n}.{i}' for n in s.names)
-            bn = fused.get((s, i))
-            note = '; '.join(filter(None, (*notes, f'with {bn}' if bn else '')))
-            new = 'BnLearnedRelu' if bn else layer.__name__
-            yield PatchRow(name, n and len(g), s.channels[i][0], s.kind, new, note)
 
 def _norms(model, slots):
     "The BatchNorm that each curve can take over, and its names."
@@ -178,6 +171,31 @@ def _found(model, sample, replace, required):
     if functions: others['relu()'] = sum(len(s.calls) for s in functions)
     return slots, others, sample, said
 
+# %% ../nbs/api/04_patch.ipynb #a1150004
+def _names(slot): # of each of its curves, several where it stands in several places
+    if len(slot.groups) == 1: return [slot.names]
+    return [[f'{n}.{i}' for n in slot.names] for i in range(len(slot.groups))]
+
+def _started(slots, values):
+    "Where each curve starts, and what to say of it."
+    names = [o for s in slots for o in _names(s)]
+    if values is None or not names: return [{}]*len(names), []
+    starts,said = as_profile(values).matched(names)
+    return starts, [said]
+
+def _rows(slots, layer, fused):
+    for s in slots:
+        where,n = ', '.join(s.names),len(s.calls) if s.traced else None
+        if not s.groups: yield PatchRow(where, n, None, s.kind, '', s.note); continue
+        notes = [s.note, f'stands in {len(s.names)} places' if len(s.names) > 1 else '',
+                 'overwrites its input, as before' if s.read_later else '']
+        for i,(g,names) in enumerate(zip(s.groups, _names(s))):
+            name = ', '.join(names)
+            bn = fused.get((s, i))
+            note = '; '.join(filter(None, (*notes, f'with {bn}' if bn else '')))
+            new = 'BnLearnedRelu' if bn else layer.__name__
+            yield PatchRow(name, n and len(g), s.channels[i][0], s.kind, new, note)
+
 # %% ../nbs/api/04_patch.ipynb #ac47920d
 def patch_relus(
     model:nn.Module, # a built model, changed in place; not wrapped
@@ -189,6 +207,7 @@ def patch_relus(
     replace:type=nn.ReLU, # class, or tuple of classes, to look for; functions are looked for with nn.ReLU
     shared:str='split', # a module called several times: a curve for each call, one for all ('tie'), or an 'error'
     init=None, # 'same': as what stood there; 'data': from the sample; a dict of values; None: 'same' if trained
+    values=None, # a `Profile` of values layer by layer, or the path of its file, in place of `init`
     channel_dim:int=None, # dimension of the channels; None: as what feeds the activation tells
     fuse_bn:bool=False, # compute each BatchNorm together with the curve that it feeds (see `learned_relu.batchnorm`)
     dry_run:bool=False, # only report
@@ -196,7 +215,7 @@ def patch_relus(
 ) -> PatchReport: # a row for each curve and each activation left alone; prints as a table
     "Replace the ReLUs of `model` by `layer`s of the right size; `ValueError` where nothing can be, changing nothing."
     _refuse(model, layer, replace, shared, channel_dim, fuse_bn)
-    init,layer_kwargs,notes = _start(model, init, layer, layer_kwargs)
+    init,layer_kwargs,notes = _start(model, init, values, layer, layer_kwargs)
     counts = per_channel and 'num_parameters' in inspect.signature(layer).parameters
     found,others,sample,said = _found(model, sample, replace, counts or fuse_bn)
     if shared == 'error': _refuse_shared(joined(found, True))
@@ -206,9 +225,10 @@ def patch_relus(
         mine,excluded = _wanted(model, found, layer, replace, include, _as_tuple(exclude))
         chosen = [s for s in mine if s.groups]
         norms,fused = _norms(model, chosen) if fuse_bn else ({}, {})
-        report = PatchReport(_rows(mine, layer, fused), notes + said, others | excluded)
+        starts,told = _started(chosen, values)
+        report = PatchReport(_rows(mine, layer, fused), notes + said + told, others | excluded)
         if dry_run: return report
-        _fill(model, chosen, layer, init, layer_kwargs)
+        _fill(model, chosen, layer, init, layer_kwargs, starts)
         try:
             with swapped(model, chosen):
                 if sample is not None and (wrong := astray(model, chosen, sample)): forced |= wrong; raise _Again

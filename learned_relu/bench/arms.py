@@ -10,6 +10,7 @@ __all__ = ['arms', 'extras', 'Arm']
 # %% ../../nbs/api/31_bench.arms.ipynb #a2eea531
 import importlib
 import inspect
+import math
 from functools import partial
 
 from torch import nn
@@ -21,6 +22,7 @@ from ..callback.ema import EMAActParams
 from ..callback.freeze import FreezeActParams
 from ..callback.penalty import ActGradPenalty
 from ..layers import GeneralRelu, LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
+from ..profile import KINDS, load_profile
 
 # %% ../../nbs/api/31_bench.arms.ipynb #3246611e
 _learned = dict(layer=LearnedRelu)
@@ -31,6 +33,7 @@ arms = dict(
     silu=dict(layer=nn.SiLU),
     mish=dict(layer=nn.Mish),
     general=dict(layer=GeneralRelu, per_channel=False),
+    profile=dict(layer=GeneralRelu, per_channel=False),
     learned=_learned,
     learned_scalar=_learned | dict(per_channel=False),
     learned_no_leak=_learned | dict(learn=('sub', 'maxv')),
@@ -62,6 +65,28 @@ def _class_at(arm):
                          'pass an activation class, such as torch.nn.ELU') from e
     return dict(layer=cls)
 
+def _numbers(name, text):
+    try: found = {k: float(v) for k,_,v in (o.partition('=') for o in text.split(':'))}
+    except ValueError: found = {'': 0.}
+    if not (set(found) <= set(KINDS) and all(map(math.isfinite, found.values()))):
+        raise ValueError(f'arm is {name!r}: after the colon may come leak, sub and maxv, as in '
+                         'general:leak=.1:sub=.5, or the file of a profile')
+    return found, ''.join(f':{k}={v:g}' for k,v in found.items())
+
+def _start(name, base, text):
+    "Arguments for `patch_relus`, what to add to the name of the arm, and the profile, from what stands after a colon."
+    if base == 'profile' and not text:
+        raise ValueError(f'arm is {name!r}: say which, as in profile:found.json, or with the key profile of a recipe')
+    if not text: return {}, '', None
+    layer = (arms.get(base) or {}).get('layer')
+    if layer not in (LearnedRelu, GeneralRelu) or set(KINDS) & set(arms[base]):
+        raise ValueError(f'arm is {name!r}, and {base} does not start at leak, sub and maxv of its own choice: '
+                         'leave out what follows the colon')
+    if base != 'profile' and '=' in text: return *_numbers(name, text), None
+    profile = load_profile(text)
+    return dict(values=profile), f'-{profile.digest()}', profile
+
+# %% ../../nbs/api/31_bench.arms.ipynb #a1150003
 def _callbacks(base, more, layer, learns):
     if base == 'penalty': return [partial(ActGradPenalty, 10., layers=nn.ReLU)]
     if layer is nn.PReLU: return [NoDecayActParams]
@@ -75,9 +100,13 @@ def _callbacks(base, more, layer, learns):
 class Arm:
     "An activation of a comparison; `ValueError` for an unknown one, and for extras where nothing learns."
     def __init__(self,
-        name:str, # one of `arms`, or an import path, as 'torch.nn.ELU'; `+caps`, `+averages`, `+freeze` may follow
+        # one of `arms`, perhaps with a start as in 'profile:found.json', or an import path, as 'torch.nn.ELU';
+        # `+caps`, `+averages`, `+freeze` may follow
+        name:str,
     ):
         base,*more = name.split('+')
+        base,_,start = base.partition(':')
+        given,suffix,profile = _start(name, base, start)
         patch = arms[base] if base in arms else _class_at(base)
         layer = patch['layer'] if patch else None
         learns = layer is not None and issubclass(layer, ActLayer) and 'learn' in inspect.signature(layer).parameters
@@ -86,8 +115,9 @@ class Arm:
             raise ValueError(f'arm is {name!r}: after an arm that learns may come {may} in this order')
         if 'caps' in more and 'maxv' not in patch.get('learn', getattr(layer(), 'learn', ())):
             raise ValueError(f'arm is {name!r}, but {base} does not learn maxv: leave +caps out')
-        self.name = name
-        self.patch = patch # arguments for `patch_relus`; None leaves the model alone
+        self.name = '+'.join([base + suffix, *more]) # which says by their digest which values a profile has
+        self.profile = profile # where curves start; None where they start at numbers
+        self.patch = patch and patch | given # arguments for `patch_relus`; None leaves the model alone
         self.learns = learns
         self.caps = 'caps' in more
         self.callbacks = _callbacks(base, more, layer, learns) # each makes one for a run

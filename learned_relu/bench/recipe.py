@@ -145,6 +145,14 @@ class Plan:
     seeds:int=None # number of seeds; None where the file does not say
     margin:float=None # points of accuracy within which two arms are equivalent; None where none is declared
     measures:tuple=() # what is compared, 'accuracy' and perhaps 'valid_loss'; empty where the file does not say
+    profile:str=None # file of the arm `profile`; None where the file names none
+
+    def named(self,
+        arm:str, # as a file or a command line says it
+    ) -> str: # as `Arm` takes it
+        "The arm, which is `profile` of the recipe's own file where it does not say which."
+        base,*more = arm.split('+')
+        return '+'.join([f'profile:{self.profile}', *more]) if base == 'profile' and self.profile else arm
 
     @property
     def judging(self) -> dict: # `margin` and `measures`; None where the file declares neither
@@ -164,7 +172,7 @@ def _parsed(file):
     except (toml.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
 
 def _check_keys(file, found):
-    known = [*sorted(o.name for o in fields(Recipe)), 'arms', 'seeds', 'margin', 'measures', 'base']
+    known = [*sorted(o.name for o in fields(Recipe)), 'arms', 'seeds', 'margin', 'measures', 'profile', 'base']
     for k in found:
         if k in known: continue
         near = get_close_matches(k, known, 1)
@@ -200,10 +208,14 @@ def read_recipe(
     margin = found.pop('margin', below.margin)
     measures = found.pop('measures', list(below.measures))
     _check_judging(file, margin, measures)
+    profile = found.pop('profile', None)
+    if not isinstance(profile, (str, type(None))):
+        raise TypeError(f'{file.name}: profile is {profile!r}: pass the name of a file beside it')
+    profile = str(file.parent/profile) if profile else below.profile
     recipe = below.recipe | found
     try: Recipe(**recipe)
     except (TypeError, ValueError) as e: raise type(e)(f'{file.name}: {e}') from e
-    return Plan(recipe, tuple(arms), seeds, margin, tuple(measures))
+    return Plan(recipe, tuple(arms), seeds, margin, tuple(measures), profile)
 
 def planned(
     recipe:str, # a TOML file, or None

@@ -151,6 +151,8 @@ def _activations(learn):
     layers = act_layers(learn.model).values()
     res = dict(activation={f'{o.name}.{o.kind}': _spread(o.param) for o in act_params(learn.model)},
                fixed={k: getattr(m, k).mean().item() for m in layers for k in m.kinds if k not in m.learn})
+    averages = [(o, getattr(o.layer, f'{o.kind}_avg')) for o in act_params(learn.model) if o.layer.updates()]
+    if averages: res['averaged'] = {f'{o.name}.{o.kind}': _spread(v) for o,v in averages}
     if not hasattr(learn, 'act_telemetry'): return res
     df = learn.act_telemetry.frame()
     whole = {k: df[k].tolist() for k in ('step', 'layer', 'kind')}
@@ -177,6 +179,7 @@ def train_run(
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     began = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     fit(learn, recipe, keep.resume(learn))
+    if arm.profile: run['profile'] = dict(origin=arm.profile.origin, layers=arm.profile.values())
     return dict(run, format=FORMAT, began=began, **made_by(device, machine),
                 recipe=asdict(recipe), data=dict(name=source.name, fingerprint=source.fingerprint),
                 pair=dict(weights=weights, batches=batches.digest()), end=state_digest(learn.model),

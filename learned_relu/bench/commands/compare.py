@@ -37,6 +37,6 @@ def learned_relu_compare(
         names = plan.arms or ('relu', 'general', 'learned')
         if arms is not None: names = [o.strip() for o in arms.split(',') if o.strip()]
         if not names: raise ValueError('arms is empty: name one at least, for example --arms relu,learned')
-        chosen = [Arm(o) for o in dict.fromkeys(names)]
+        chosen = [Arm(plan.named(o)) for o in dict.fromkeys(names)]
         to = out or out_dir(recipe, how.data)
         run_arms(chosen, list(range(n)), how, to, skip_unreadable, workers, cache, plan.judging)
