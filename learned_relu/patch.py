@@ -82,7 +82,8 @@ def _start(model, init, values, layer, kwargs):
         given = ['init'] * (init is not None) + [k for k in KINDS if k in kwargs]
         if given: raise ValueError(f'values says where curves start, and so does {given[0]}: leave one of them out')
         if not set(KINDS) <= set(inspect.signature(layer).parameters):
-            raise ValueError(f'values needs a layer with leak, sub and maxv, and {layer.__name__} is none: leave it out')
+            raise ValueError(f'values needs a layer with leak, sub and maxv, and {layer.__name__} is none: '
+                             'leave it out')
         return None, kwargs, []
     if isinstance(init, dict): return None, {**init, **kwargs}, []
     if init not in (None, 'same', 'data'):

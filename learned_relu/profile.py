@@ -146,12 +146,13 @@ def as_profile(
     if hasattr(values, 'matched'): return values
     raise TypeError(f'values is a {type(values).__name__}: pass a Profile, or the path of its file')
 
-# %% ../nbs/api/04_profile.ipynb #67c96e1a
+# %% ../nbs/api/04_profile.ipynb #bdb963ad
 def _of_model(model):
     "Name -> kind -> (mean, deviation over channels)."
-    layers = {n: m for n,m in inner_model(model).named_modules() if isinstance(m, ActLayer) and set(KINDS) <= set(m.kinds)}
-    if not layers:
-        raise ValueError(f'{type(model).__name__} has no layer with leak, sub and maxv: train one with LearnedRelu first')
+    layers = {n: m for n,m in inner_model(model).named_modules() if isinstance(m, ActLayer)}
+    layers = {n: m for n,m in layers.items() if set(KINDS) <= set(m.kinds)}
+    if not layers: raise ValueError(f'{type(model).__name__} has no layer with leak, sub and maxv: '
+                                    'train one with LearnedRelu first')
     def read(m, k): return (getattr(m, f'{k}_avg') if k in m.learn and m.updates() else getattr(m, k)).detach().double()
     return {n: {k: (read(m, k).mean().item(), read(m, k).std(correction=0).item()) for k in KINDS}
             for n,m in layers.items()}
@@ -189,7 +190,8 @@ def harvest(
         raise TypeError(f'{[type(o).__name__ for o in runs]} given: pass models, or records, one at least')
     origin = _origin(runs, records)
     found = [_of_record(o) if records else _of_model(o) for o in runs]
-    if any(list(o) != list(found[0]) for o in found): raise ValueError('The runs have different layers: pass runs of one network')
+    if any(list(o) != list(found[0]) for o in found):
+        raise ValueError('The runs have different layers: pass runs of one network')
     def over_runs(n, k):
         means,stds = np.array([o[n][k] for o in found]).T
         return Found(float(means.mean()), float(stds.mean()), float(means.std(ddof=1)) if len(found) > 1 else None)
