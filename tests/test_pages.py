@@ -12,7 +12,9 @@ from PIL import Image
 
 from learned_relu.bench.arms import Arm
 from learned_relu.bench.commands.compare import learned_relu_compare
+from learned_relu.bench.commands.harvest import learned_relu_harvest
 from learned_relu.bench.commands.report import learned_relu_report
+from learned_relu.bench.commands.search import learned_relu_search
 from learned_relu.bench.commands.train import learned_relu_train
 from learned_relu.bench.recipe import read_recipe
 
@@ -52,7 +54,8 @@ def test_every_figure_has_a_title_and_a_description_and_is_stored_small(page):
         assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).mode == 'P', 'run `python tools/figures.py`'
 
 
-COMMANDS = {'learned_relu_compare': learned_relu_compare, 'learned_relu.bench.train': learned_relu_train, 'learned_relu_report': learned_relu_report}
+COMMANDS = {'learned_relu_compare': learned_relu_compare, 'learned_relu.bench.train': learned_relu_train, 'learned_relu_report': learned_relu_report,
+            'learned_relu_search': learned_relu_search, 'learned_relu_harvest': learned_relu_harvest}
 PROSE = {o: '\n'.join(c.source for c in read_nb(o).cells if c.cell_type == 'markdown') for o in PAGES if o.parent.name != 'api'}
 SHELL = re.compile(r'^```sh\n(.*?)^```', re.S | re.M)
 SHOWN = [(o.name, line) for o, text in PROSE.items() for block in SHELL.findall(text) for line in block.splitlines()]
