@@ -6,7 +6,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/torch.html.md"""
 
 # %% auto #0
 __all__ = ['transformed', 'forward_mode', 'reverse_transform', 'in_memory', 'copy_each', 'lerp_each', 'add_each', 'has_values',
-           'shared_out', 'whole', 'local_part', 'compiled_call', 'set_compiled_call', 'inside_compiled']
+           'shared_out', 'whole', 'local_parts', 'compiled_call', 'set_compiled_call', 'inside_compiled']
 
 # %% ../nbs/api/00_torch.ipynb #9e22a845
 import functools
@@ -125,11 +125,12 @@ def whole(
     "A tensor in one piece; what is shared out is gathered, for which every process has to ask."
     return t.full_tensor() if shared_out(t) and not (like is not None and shared_out(like)) else t
 
-def local_part(
-    t:Tensor, # any tensor
-) -> Tensor: # `t` itself, unless it is shared out
-    "What of a tensor is here, in the memory that it has here."
-    return t.to_local() if shared_out(t) else t
+def local_parts(
+    tensors:list, # any tensors
+) -> list: # the same where none is shared out
+    "What of each is here, in the memory that it has here."
+    ordinary = set(map(type, tensors)) <= {Tensor, nn.Parameter}
+    return tensors if ordinary else [t.to_local() if shared_out(t) else t for t in tensors]
 
 # %% ../nbs/api/00_torch.ipynb #e51c3a01
 def compiled_call(

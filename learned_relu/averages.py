@@ -87,8 +87,8 @@ class _Read(_Kept):
         return self._counted[2]
 
     def _moved(self): # by one update that counted itself
-        self._counted = self.num_averaged,self.num_averaged._version,self._counted[2] + 1
-        self._entered = None
+        n = self.num_averaged
+        vars(self).update(_counted=(n, n._version, self._counted[2] + 1), _entered=None) # past `nn.Module`, which is slow
 
 # %% ../nbs/api/01_averages.ipynb #7d1f0c01
 def _differ(those, these): return not all(torch.equal(whole(a), whole(b)) for a,b in zip(those, these))

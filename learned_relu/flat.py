@@ -13,7 +13,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ._torch import copy_each, local_part
+from ._torch import copy_each, local_parts
 
 # %% ../nbs/api/00_flat.ipynb #29b2a2d3
 def alike(
@@ -30,7 +30,7 @@ class Flat:
         like:list, # tensors, shape `(n,)` each; of one that is shared out among processes the part that is here
         dtype:torch.dtype=None, # of the room; None for that of the first tensor
     ):
-        here = [local_part(t) for t in like]
+        here = local_parts(like)
         self.sizes = [t.numel() for t in here]
         self.flat = here[0].new_zeros(sum(self.sizes), dtype=dtype or here[0].dtype, requires_grad=False)
         self.views = list(self.flat.split(self.sizes))
@@ -40,7 +40,9 @@ class Flat:
         tensors:list, # as many as before, in any floating dtype
     ) -> Tensor: # `flat`, which is written over by the next call
         "Copy all of them here."
-        copy_each(self.views, [local_part(t) for t in tensors])
+        here = local_parts(tensors)
+        if {t.dtype for t in here} == {self.flat.dtype}: torch.cat(here, out=self.flat) # in a quarter of the time
+        else: copy_each(self.views, here)
         return self.flat
 
     @torch.no_grad()
@@ -48,7 +50,7 @@ class Flat:
         tensors:list, # as many as before, changed in place
     ):
         "Copy what is here into all of them."
-        copy_each([local_part(t) for t in tensors], self.views)
+        copy_each(local_parts(tensors), self.views)
 
     def spread(self,
         values:list, # one number for each tensor

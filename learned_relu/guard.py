@@ -11,7 +11,7 @@ __all__ = ['Guard']
 import torch
 from torch import Tensor
 
-from ._torch import copy_each, local_part, shared_out
+from ._torch import copy_each, local_parts, shared_out
 from .flat import Flat
 
 # %% ../nbs/api/04_guard.ipynb #4f0d4172
@@ -32,8 +32,11 @@ class _Rooms:
         self._seen = torch.zeros(3, n, dtype=torch.long, device=one.device)
         self._before,self._of_grads,self._after = self._bad
         self._grads_same,self._loss_same = self._same[:n],self._same[n:]
-        self._loss,self._seen_before = self._grads.views[-1].view(()),self._seen[0]
+        self._seen_before = self._seen[0]
         self._pending = False # what was found before a batch is not counted yet
+        self._bytes = [o.flat.view(torch.uint8) for o in (self._now, self._good)]
+        self._layers = {o.layer for o in acts if not shared_out(o.param)}
+        self._averages = [None if shared_out(o.param) else f'{o.kind}_avg' for o in acts]
         self._written = {} # rows of `_bad` that may hold something
 
     def counts(self) -> tuple: # how many values, and how many gradients
@@ -49,9 +52,14 @@ class _Rooms:
         torch.ne(now - now, 0, out=bad)
         return torch.where(bad, source.flat, now, out=self._good.flat)
 
-    def _average(self, act, good):
-        if shared_out(act.param) or not act.layer.updates(): return good
-        return getattr(act.layer, f'{act.kind}_avg')
+    def _safe(self): # averages, where there are any, or else the last good values
+        averaged = {m for m in self._layers if m.updates()}
+        if not averaged: return self._good.views
+        def of(act, average, good): return getattr(act.layer, average) if average and act.layer in averaged else good
+        return list(map(of, self.acts, self._averages, self._good.views))
+
+    def _as_before(self, now, then): # on a CPU looking costs nothing; what is not finite equals nothing
+        return now.flat.is_cpu and torch.equal(now.flat, then.flat)
 
 # %% ../nbs/api/04_guard.ipynb #99a7b5e4
 class Guard(_Rooms):
@@ -59,11 +67,11 @@ class Guard(_Rooms):
     @torch.no_grad()
     def before_batch(self):
         "Put back what was damaged between two steps, before it is used."
-        now = self._now.gather(self.params)
-        self._source.gather([self._average(o, v) for o,v in zip(self.acts, self._good.views)])
+        self._now.gather(self.params)
+        self._source.gather(self._safe())
         if self._pending: self._seen_before.add_(self._before) # no step came after it
         self._pending = False
-        if now.is_cpu and torch.equal(now, self._good.flat): return self._nothing(0) # on a CPU looking costs nothing
+        if self._as_before(self._now, self._good): return self._nothing(0)
         self._repair(self._source, self._before)
         self._good.scatter(self.params)
         self._pending = self._written[0] = True
@@ -75,11 +83,14 @@ class Guard(_Rooms):
         "Zero the gradients that are not finite."
         here = [i for i,p in enumerate(self.params) if p.grad is not None]
         if not here: return self._nothing(1)
-        if len(here) < len(self.params): self._grads.flat.zero_()
-        grads = [local_part(self.params[i].grad) for i in here]
-        views = [self._grads.views[i] for i in here]
-        copy_each([*views, self._loss], [*grads, loss if loss.ndim == 0 else loss.sum()])
+        grads = local_parts([self.params[i].grad for i in here])
+        loss = (loss if loss.ndim == 0 else loss.sum()).view(1)
+        if len(here) == len(self.params): self._grads.gather([*grads, loss])
+        else:
+            self._grads.flat.zero_()
+            copy_each([*(self._grads.views[i] for i in here), self._grads.views[-1]], [*grads, loss])
         torch.nan_to_num(self._grads.flat, 0., 0., 0., out=self._fixed.flat)
+        if self._as_before(self._grads, self._fixed): return self._nothing(1)
         copy_each(grads, [self._fixed.views[i] for i in here])
         torch.eq(self._grads.flat, self._fixed.flat, out=self._same)
         torch.gt(self._loss_same, self._grads_same, out=self._of_grads)
@@ -90,7 +101,7 @@ class Guard(_Rooms):
         "Put back what is not finite, and into its bounds what is."
         self._now.gather(self.params)
         torch.clamp(self._repair(self._source, self._after), self._low, self._high, out=self._good.flat)
-        self._good.scatter(self.params)
+        if not (self._now.flat.is_cpu and torch.equal(*self._bytes)): self._good.scatter(self.params)
         self._seen.add_(self._bad)
         self._pending = False
 

@@ -70,13 +70,14 @@ def compared(args, dim, g):
 @pytest.mark.parametrize('slope', SLOPES)
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_every_shape_layout_and_slope(slope, dtype):
-    taken = 0
+    taken, of = 0, 0
     for (shape, dim), per_channel in product([*SHAPES, ((33, 2100), 1), ((3, 4100), 0), ((70, 16, 2, 2), -3), ((9000,), 0)], (True, False)):
         for last in (False, True) if len(shape) == 4 and dim in (1, -3) else (False,):
             x, *ps = inputs(shape, dim, shape[dim] if per_channel else 1, slope, last, dtype)
             for g in torch.randn_like(x), torch.randn(shape).to(dtype), torch.ones((), dtype=dtype).expand(shape):
                 taken += compared([x, *ps], dim, g)
-    assert taken > 40 or dtype == torch.bfloat16 or slope in ('some', 'first'), 'where some of the channels are kept, Python serves'
+                of += 1
+    assert taken == of > 40
 
 
 @pytest.mark.parametrize('need', list(product([False, True], repeat=4)), ids=str)
@@ -85,7 +86,7 @@ def test_every_combination_of_gradients(need, slope):
     for dtype, num in product(DTYPES, (1, 20)):
         args = [o.detach().requires_grad_(n) for o, n in zip(inputs((2, 20, 3, 3), 1, num, slope, False, dtype), need, strict=True)]
         taken = compared(args, 1, torch.randn(2, 20, 3, 3).to(dtype))
-        if slope != 'some' and any(need) and dtype != torch.bfloat16: assert taken
+        if any(need): assert taken
 
 
 @settings(max_examples=200, deadline=None)
@@ -126,9 +127,10 @@ def test_without_a_graph():
     assert not node.curve(x, *ps, 1).requires_grad
 
 
-@pytest.mark.parametrize('slope', ['usual', 'zero'])
-def test_gradients_of_gradients(slope):
-    args = values(torch.float64, slope, shape=(2, 3, 2, 2))
+@pytest.mark.parametrize('slope,last,shape', [('usual', False, (2, 3, 2, 2)), ('zero', False, (2, 3, 2, 2)), ('some', False, (2, 3, 2, 2)),
+                                              ('some', True, (1, 20, 2, 1)), ('first', True, (1, 20, 2, 1)), ('some', False, (2, 3, 8, 8))])
+def test_gradients_of_gradients(slope, last, shape):
+    args = values(torch.float64, slope, last, shape)
     def curve(*args): return learned_relu(*args, impl='kernel')
     assert is_native(curve(*args)) and gradcheck(curve, args) and gradgradcheck(curve, args)
     def second():
@@ -140,8 +142,9 @@ def test_gradients_of_gradients(slope):
     assert all(map(same, got, want))
 
 
-def test_a_gradient_of_zeros_of_many_or_of_none():
-    x, *ps = values()
+@pytest.mark.parametrize('slope', ['usual', 'some'])
+def test_a_gradient_of_zeros_of_many_or_of_none(slope):
+    x, *ps = values(slope=slope)
     def found(g, **kwargs): return torch.autograd.grad(learned_relu(x, *ps), [x, *ps], g, **kwargs)
     for g in torch._efficientzerotensor(x.shape), torch._neg_view(torch.randn_like(x)), torch.complex(x, -x).detach().conj().imag:
         got = found(g)
@@ -159,7 +162,7 @@ def test_a_gradient_of_zeros_of_many_or_of_none():
     assert x.grad is None or not x.grad.any()
 
 
-@pytest.mark.parametrize('slope,dtype', [('usual', torch.float32), ('zero', torch.float32), ('usual', torch.bfloat16)])
+@pytest.mark.parametrize('slope,dtype', [('usual', torch.float32), ('zero', torch.float32), ('some', torch.float32), ('usual', torch.bfloat16)])
 def test_what_is_kept_in_which_order(slope, dtype):
     x, *ps = values(dtype, slope, shape=(3, 8, 9, 9))
     def packed():
@@ -169,7 +172,8 @@ def test_what_is_kept_in_which_order(slope, dtype):
         y.sum().backward()
         return seen
     got = packed()
-    with in_python(): assert packed() == got and len(got) in (4, 5)
+    with in_python(): assert packed() == got and len(got) == dict(usual=5, zero=4, some=7)[slope if dtype == torch.float32 else 'zero']
+    if slope == 'some': assert got[-1][0] == (3, 3, 81), 'three of the eight channels'
 
 
 UNPACKED = dict(contiguous=lambda t: t.clone(memory_format=torch.contiguous_format), strided=lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
@@ -178,15 +182,16 @@ UNPACKED = dict(contiguous=lambda t: t.clone(memory_format=torch.contiguous_form
 
 
 @pytest.mark.parametrize('unpack', UNPACKED.values(), ids=UNPACKED)
-@pytest.mark.parametrize('slope', ['usual', 'zero'])
-def test_what_was_kept_elsewhere(unpack, slope):
-    x, *ps = values(slope=slope, last=True)
+@pytest.mark.parametrize('slope,last', [('usual', True), ('zero', True), ('some', False), ('first', True)])
+def test_what_was_kept_elsewhere(unpack, slope, last):
+    x, *ps = values(slope=slope, last=last, shape=(4, 20, 9, 9))
     with saved_tensors_hooks(lambda t: t.detach(), unpack): assert compared([x, *ps], 1, torch.randn_like(x))
     with save_on_cpu(): assert compared([x, *ps], 1, torch.randn_like(x))
 
 
-def test_a_checkpoint_that_computes_again_by_the_other_way():
-    x, *ps = values()
+@pytest.mark.parametrize('slope', ['usual', 'some'])
+def test_a_checkpoint_that_computes_again_by_the_other_way(slope):
+    x, *ps = values(slope=slope)
     g = torch.randn_like(x)
     want = results([x, *ps], 1, g)
     for first, second in (True, False), (False, True), (True, True):
@@ -198,9 +203,10 @@ def test_a_checkpoint_that_computes_again_by_the_other_way():
         assert all(map(same, want, [y, *torch.autograd.grad(y, [x, *ps], g)]))
 
 
-def test_what_was_changed_in_place_is_noticed():
+@pytest.mark.parametrize('slope', ['usual', 'some'])
+def test_what_was_changed_in_place_is_noticed(slope):
     for change in range(5):
-        x, *ps = values()
+        x, *ps = values(slope=slope)
         y = learned_relu(x*1, *ps)
         with torch.no_grad(): (x, *ps, y)[change].mul_(2)
         if change == 0: y.sum().backward()
@@ -217,9 +223,10 @@ def test_twice():
     with pytest.raises(RuntimeError, match='backward through the graph a second time'): torch.autograd.grad(y, x, torch.ones_like(y))
 
 
+@pytest.mark.parametrize('slope', ['usual', 'some'])
 @pytest.mark.parametrize('which', range(5))
-def test_memory_that_was_freed(which):
-    x, *ps = values()
+def test_memory_that_was_freed(which, slope):
+    x, *ps = values(slope=slope)
     y, g = learned_relu(x, *ps), torch.randn_like(x)
     (x, *ps, y, g)[which + 1].untyped_storage().resize_(8)
     with pytest.raises(ValueError, match='a storage of 8 bytes'): torch.autograd.grad(y, [x, *ps], g)
@@ -251,14 +258,15 @@ def test_anomalies_are_found_and_told_where():
             torch.autograd.grad(y, [x, *ps], torch.full_like(y, float('nan')))
 
 
-def test_threads():
-    x, *ps = values(shape=(16, 8, 20, 20))
+@pytest.mark.parametrize('slope', ['usual', 'some'])
+def test_threads(slope):
+    x, *ps = values(slope=slope, shape=(16, 8, 20, 20))
     y, g = learned_relu(x, *ps), torch.randn_like(x)
     want = torch.autograd.grad(y, [x, *ps], g, retain_graph=True)
     def again(i):
         res = torch.autograd.grad(y if i % 2 else learned_relu(x, *ps), [x, *ps], g, retain_graph=True)
         return all(map(same, want, res))
-    with ThreadPoolExecutor(4) as pool: assert all(pool.map(again, range(400)))
+    with ThreadPoolExecutor(4) as pool: assert all(pool.map(again, range(200)))
 
 
 def test_a_fork():
@@ -280,9 +288,10 @@ print(os.waitpid(pid, 0)[1])
     assert done.stdout == '0\n', done.stderr[-2000:]
 
 
-def test_compiled_autograd():
+@pytest.mark.parametrize('slope', ['usual', 'some'])
+def test_compiled_autograd(slope):
     compiled = pytest.importorskip('torch._dynamo.compiled_autograd')
-    x, *ps = values()
+    x, *ps = values(slope=slope)
     want = torch.autograd.grad(learned_relu(x, *ps).sum(), [x, *ps])
     enable = getattr(compiled, '_enable', None) or compiled.enable
     y = learned_relu(x, *ps)

@@ -108,11 +108,10 @@ def _due(self:ActTelemetry): # whether the step of this batch is to be recorded
 def _record(self:ActTelemetry, grads):
     step,epoch,frozen = self._last
     params = [whole(o.param) for o,*_ in self._acts]
-    if any(g is None for g in grads): self._room.flat.fill_(float('nan'))
-    found = [v if g is None else whole(g) for g,v in zip(grads, self._room.views[len(grads):])]
-    values = self._room.gather([*params, *found])
-    values,grads = values.cpu().numpy().reshape(2, -1)
     sizes = self._room.sizes[:len(params)]
+    none = self._room.flat.new_full((sum(sizes),), float('nan')).split(sizes)
+    values = self._room.gather([*params, *(o if g is None else whole(g) for g,o in zip(grads, none))])
+    values,grads = values.cpu().numpy().reshape(2, -1)
     grads = np.where(np.repeat(frozen, sizes), 0., grads)
     stats = all_stats(values, grads, sizes, [(low, high) for _,low,high in self._acts])
     flow = {m: v for m,v in zip(self._flow, torch.stack([*self._flow.values()]).cpu().numpy())} if self._flow else {}

@@ -148,17 +148,18 @@ def _by_backend(x, params, channel_dim, num, name):
     return _Curve.apply(x, *params, None if whole else kept, _How(backend, plan, channel_dim, whole))
 
 # %% ../../nbs/api/00_kernels.dispatch.ipynb #40de0002
-def _back_of_node(g, saved, strides, channel_dim, need):
+def _back_of_node(g, saved, strides, channel_dim, slots, need):
     "What the node leaves to Python on the way back: what is no ordinary memory any more or differentiated again."
-    leak,sub,maxv,first,*signs = saved
+    leak,sub,maxv,first,*more = saved
     params = leak,sub,maxv
-    kept = (first, *signs, None) if signs else (None, None, first)
+    kept = (first, *more, None)[:3] if more else (None, None, first)
     memory = None if torch.is_grad_enabled() else in_memory(g, *kept, *params)
     like = with_strides(first, strides)
     num = check_parameters(like, *params, channel_dim)
     if memory: plan = cpu.plan(like, memory[4:], channel_dim, num)
     else: plan = cpu.CpuPlan(layout_for(like, channel_dim, num, cpu.SHORT), channel_dim, None, params, strides, None)
-    return _back(_How(cpu, plan, channel_dim, not signs), memory and memory[:4], g, params, *kept, need)
+    if slots: plan = cpu.with_slots(plan, slots)
+    return _back(_How(cpu, plan, channel_dim, not more), memory and memory[:4], g, params, *kept, need)
 
 node = Node(None if _interpreted else _back_of_node)
 

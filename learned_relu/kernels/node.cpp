@@ -92,41 +92,76 @@ static Tensor fitted(const Tensor& grad, const Tensor& p) {
 }
 
 // == node
-struct Made { Tensor y, signs; I dim; }; // signs where the output is kept, none where the input is
+struct Made { // signs where the output is kept, none where the input is; slots where a part of the input is, too
+  Tensor y, signs;
+  I dim;
+  std::vector<I> slots;
+};
+using MaybeTensor = std::optional<Tensor>; // none would not do as an input
+
+// the channels to keep, columns in whole groups of eight, and the place of each among them: as `kept_columns` in cpu.py
+static std::vector<I> columns_of(Given& given, I (*lost)(const Call*), std::vector<I>& slots) {
+  const Layout& l = given.lay;
+  I group = l.inner > 1 ? 1 : 8;
+  auto which = std::make_unique<bool[]>(given.num);
+  given.call.signs = which.get();
+  lost(&given.call);
+  given.call.signs = nullptr;
+  std::vector<I> columns;
+  for (I first = 0; first < l.channels; first += group) {
+    I end = std::min(first + group, l.channels);
+    bool any = false;
+    for (I c = first; c < end; c++) any |= which[c/l.repeat];
+    slots.push_back(any ? I(columns.size()) : -1);
+    for (I c = first; any && c < end; c++) columns.push_back(c);
+  }
+  return columns;
+}
+static Tensor part(const Tensor& x, const Layout& l, I dim, const std::vector<I>& columns) { // differentiable
+  Tensor index = at::detail::empty_cpu({I(columns.size())}, at::kLong);
+  std::copy(columns.begin(), columns.end(), index.mutable_data_ptr<I>());
+  return (x.is_contiguous() ? x : x.movedim(dim, -1)).view({l.outer, l.channels, l.inner}).index_select(1, index);
+}
 
 struct Curve : torch::autograd::Function<Curve> {
   static constexpr bool is_traceable = true; // for compiled autograd
 
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& leak, const Tensor& sub,
-                        const Tensor& maxv, const Made& made) {
+                        const Tensor& maxv, const MaybeTensor& part, const Made& made) {
     std::vector<I> how = x.strides().vec();
     how.push_back(made.dim);
     ctx->saved_data["how"] = std::move(how);
-    if (made.signs.defined()) ctx->save_for_backward({leak, sub, maxv, made.y, made.signs});
-    else ctx->save_for_backward({leak, sub, maxv, x});
+    variable_list kept{leak, sub, maxv, made.signs.defined() ? made.y : x};
+    if (made.signs.defined()) kept.push_back(made.signs);
+    if (part) kept.push_back(*part);
+    if (part) ctx->saved_data["slots"] = made.slots;
+    ctx->save_for_backward(std::move(kept));
     return made.y;
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& gs) {
-    variable_list saved = ctx->get_saved_variables(), grads(5);
-    std::vector<I> strides = ctx->saved_data["how"].toIntVector();
+    variable_list saved = ctx->get_saved_variables(), grads(6);
+    std::vector<I> strides = ctx->saved_data["how"].toIntVector(), slots;
+    if (saved.size() == 6) slots = ctx->saved_data["slots"].toIntVector();
     I dim = strides.back();
     strides.pop_back();
     bool need[4];
     for (int i = 0; i < 4; i++) need[i] = ctx->needs_input_grad(i);
-    if (at::GradMode::is_enabled() || !in_memory(gs[0], saved, strides, dim, need, grads))
-      in_python(gs[0], saved, strides, dim, need, grads);
+    if (at::GradMode::is_enabled() || !in_memory(gs[0], saved, strides, dim, slots, need, grads))
+      in_python(gs[0], saved, strides, dim, slots, need, grads);
+    if (saved.size() == 6 && !torch::autograd::get_current_node()) // a compiled graph adds up even what is nothing
+      grads[4] = at::zeros_like(saved[5]);
     return grads;
   }
 
-  static bool in_memory(Tensor g, const variable_list& saved, at::IntArrayRef strides, I dim, const bool* need,
-                        variable_list& grads) {
+  static bool in_memory(Tensor g, const variable_list& saved, at::IntArrayRef strides, I dim, std::vector<I>& slots,
+                        const bool* need, variable_list& grads) {
     if (c10::impl::TorchDispatchModeTLS::stack_len() || !ordinary(g)) return false;
     for (const Tensor& t : saved) if (!ordinary(t) || !within(t)) return false;
     const Tensor& first = saved[3];
     bool whole = saved.size() == 4;
     if (first.strides() != strides || row(first.scalar_type()) < 0) return false;
-    if (!whole && !saved[4].is_contiguous()) return false;
+    for (size_t i = 4; i < saved.size(); i++) if (!saved[i].is_contiguous()) return false;
     at::AutoDispatchBelowADInplaceOrView below;
     Given given(first, saved.data(), dim);
     if (!given) return false;
@@ -139,6 +174,7 @@ struct Curve : torch::autograd::Function<Curve> {
     call.dleak = at_of(sums[0]); call.dsub = at_of(sums[1]); call.dmaxv = at_of(sums[2]);
     if (whole) { call.kept = at_of(first); call.width = call.channels; }
     else { call.y = at_of(first); call.signs = at_of(saved[4]); }
+    if (!slots.empty()) { call.kept = at_of(saved[5]); call.slot = slots.data(); call.width = saved[5].size(1); }
     if (kernels[row(first.scalar_type())][BACKWARD](&call)) return false;
     if (need[0]) grads[0] = std::move(dx);
     for (int i = 0; i < 3; i++) if (need[i + 1]) grads[i + 1] = fitted(sums[i], saved[i]);
@@ -146,10 +182,10 @@ struct Curve : torch::autograd::Function<Curve> {
   }
 
   static void in_python(const Tensor& g, const variable_list& saved, const std::vector<I>& strides, I dim,
-                        const bool* need, variable_list& grads) {
+                        const std::vector<I>& slots, const bool* need, variable_list& grads) {
     py::gil_scoped_acquire gil;
     py::tuple needs = py::make_tuple(need[0], need[1], need[2], need[3]);
-    py::tuple found = py::handle(otherwise)(g, saved, py::tuple(py::cast(strides)), dim, needs);
+    py::tuple found = py::handle(otherwise)(g, saved, py::tuple(py::cast(strides)), dim, slots, needs);
     for (int i = 0; i < 4; i++) if (!found[i].is_none()) grads[i] = found[i].cast<Tensor>();
   }
 };
@@ -165,17 +201,19 @@ static Tensor computed(const Tensor& x, const Tensor* params, I dim) { // undefi
   for (auto t : all) if (!within(*t)) return {};
   if (row(x.scalar_type()) < 0 || x.numel() == 0) return {};
   auto& kernel = kernels[row(x.scalar_type())];
-  Made made;
+  Made made{{}, {}, dim, {}};
+  std::vector<I> columns;
+  Layout l;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     Given given(x, params, dim);
     if (!given) return {};
     Call& call = given.call;
+    l = given.lay;
     I lost = graph && params[0].requires_grad() ? kernel[LOST](&call) : 0;
-    if (lost && lost != given.num) return {};
-    made = {like(x), {}, dim};
-    if (graph && !lost) {
-      Layout l = given.lay;
+    if (lost && lost < given.num) columns = columns_of(given, kernel[LOST], made.slots);
+    made.y = like(x);
+    if (graph && lost < given.num && I(columns.size()) < l.channels) {
       made.signs = l.inner > 1 ? at::detail::empty_cpu({l.outer, l.channels, (l.inner + 7)/8}, at::kByte)
                                : at::detail::empty_cpu({l.outer, (l.channels + 7)/8}, at::kByte);
       call.signs = at_of(made.signs);
@@ -183,7 +221,10 @@ static Tensor computed(const Tensor& x, const Tensor* params, I dim) { // undefi
     call.x = at_of(x); call.y = at_of(made.y);
     if (kernel[FORWARD](&call)) return {};
   }
-  return graph ? Curve::apply(x, params[0], params[1], params[2], made) : made.y;
+  if (!graph) return made.y;
+  MaybeTensor kept;
+  if (made.signs.defined() && !columns.empty()) kept = part(x, l, dim, columns);
+  return Curve::apply(x, params[0], params[1], params[2], kept, made);
 }
 
 // curve(x, leak, sub, maxv, channel_dim): the output, or None
