@@ -11,7 +11,7 @@ __all__ = ['opts', 'pools', 'schedules', 'sources', 'Recipe', 'Plan', 'read_reci
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from fastai.optimizer import SGD, Adam, RMSProp, ranger
 from fastcore.basics import patch
 from torch import nn
 
+from .model import own_model, pinned_model
 from ..xresnet import plain_xresnet, xresnet_names
 
 # %% ../../nbs/api/30_bench.recipe.ipynb #625ce971
@@ -55,8 +56,23 @@ def _check_ranges(recipe):
             v = getattr(recipe, k)
             if v is not None and not fits(v): raise ValueError(f'{k} is {v}: pass {what}')
 
+_network = 'arch','sa','sym','pool','widen','batchnorm' # fields that say what an xresnet is like
+
+def _refuse_two_networks(model, said):
+    if said:
+        raise ValueError(f'model is {model!r}, and {" and ".join(f"{k} is {v!r}" for k,v in said.items())}, which is '
+                         "for fastai's xresnets alone: leave out one or the other")
+
+def _check_network(recipe):
+    usual = {f.name: f.default for f in fields(recipe)}
+    said = {k: getattr(recipe, k) for k in _network}
+    if not recipe.model: return
+    _refuse_two_networks(recipe.model, {k: v for k,v in said.items() if v not in ('', usual[k])})
+    object.__setattr__(recipe, 'arch', '') # so that nothing says it is one
+
 def _check_choices(recipe):
-    for k,known in dict(opt=opts, pool=pools, schedule=schedules, arch=xresnet_names()).items():
+    known_archs = [''] if recipe.model else xresnet_names()
+    for k,known in dict(opt=opts, pool=pools, schedule=schedules, arch=known_archs).items():
         v = getattr(recipe, k)
         if v not in known: raise ValueError(f'{k} is {v!r}: pass one of {", ".join(known)}')
     if recipe.mom is not None and recipe.schedule == 'one_cycle':
@@ -71,14 +87,15 @@ def _check_choices(recipe):
         if v and name not in has: raise ValueError(f'{k} is {v}, which {recipe.opt} does not have: leave it out')
 
 # %% ../../nbs/api/30_bench.recipe.ipynb #6b0d9269
-_later = dict(batchnorm=True, widen=1.) # fields that the first records lack, with what they meant there
+_later = dict(batchnorm=True, widen=1., model='') # fields that the first records lack, with what they meant there
 
 @dataclass(frozen=True)
 class Recipe:
     "How a model is trained, whatever its activation; `ValueError` and `TypeError` name a field that cannot be."
-    data:str='mnist' # 'mnist', 'imagenette', 'imagewoof', or a folder with `train/` and `val/`
+    data:str='mnist' # 'mnist', 'imagenette', 'imagewoof', or a folder with `train/` and `val/` or `valid/`
     source:str='' # of its images: '160' or '320' px on the shortest side, or 'full'; '' as published, 320 up to 224 px
     arch:str='xresnet18' # a fastai xresnet
+    model:str='' # a network instead, what makes it for n classes: package.module:function, also from the current folder
     epochs:int=1 # passes over the training set, at least 1
     size:int=28 # side of the square images, in pixels, 8 to 1024
     bs:int=128 # batch size, at least 2
@@ -105,6 +122,7 @@ class Recipe:
             v = getattr(self, f.name)
             if v is not None or f.default is not None: object.__setattr__(self, f.name, _typed(f.name, f.type, v))
         _check_ranges(self)
+        _check_network(self)
         _check_choices(self)
 
     def digest(self,
@@ -116,11 +134,20 @@ class Recipe:
 
 # %% ../../nbs/api/30_bench.recipe.ipynb #061ee4a0
 @patch
-def model(self:Recipe,
+def pinned(self:Recipe,
+    n_out:int, # number of classes
+    c_in:int=3, # channels of the images
+) -> Recipe:
+    "The same recipe, which says by a digest what its `model` makes; `ValueError` where it says so, and is wrong."
+    return replace(self, model=pinned_model(self.model, n_out, c_in)) if self.model else self
+
+@patch
+def network(self:Recipe,
     n_out:int, # number of classes
     c_in:int=3, # channels of the images
 ) -> nn.Module:
     "The network with ReLUs."
+    if self.model: return own_model(self.model, n_out, c_in)
     more = dict(sa=self.sa, sym=self.sym, pool=pools[self.pool], widen=self.widen)
     return plain_xresnet(self.arch, n_out, self.batchnorm, c_in=c_in, **more)
 
@@ -179,6 +206,12 @@ def _check_judging(file, margin, measures):
         raise ValueError(f"{file.name}: measures is {measures!r}: pass ['accuracy'] or ['accuracy', 'valid_loss']")
 
 # %% ../../nbs/api/30_bench.recipe.ipynb #6c36930b
+def _over(below, above):
+    "What `above` says goes before what `below` says; so does its network, whole."
+    if above.get('model'): below = {k: v for k,v in below.items() if k not in _network}
+    elif above.keys() & {*_network}: below = {k: v for k,v in below.items() if k != 'model'}
+    return below | above
+
 def read_recipe(
     file:str, # a TOML file
 ) -> Plan:
@@ -200,7 +233,7 @@ def read_recipe(
     margin = found.pop('margin', below.margin)
     measures = found.pop('measures', list(below.measures))
     _check_judging(file, margin, measures)
-    recipe = below.recipe | found
+    recipe = _over(below.recipe, found)
     try: Recipe(**recipe)
     except (TypeError, ValueError) as e: raise type(e)(f'{file.name}: {e}') from e
     return Plan(recipe, tuple(arms), seeds, margin, tuple(measures))
@@ -211,4 +244,6 @@ def planned(
 ) -> tuple: # `Recipe`, `Plan`
     "What to train: `given` over the file over the defaults; raises as `read_recipe` and `Recipe` do."
     plan = read_recipe(recipe) if recipe else Plan({})
-    return Recipe(**plan.recipe | {k: v for k,v in given.items() if v is not None}), plan
+    given = {k: v for k,v in given.items() if v is not None}
+    if given.get('model'): _refuse_two_networks(given['model'], {k: v for k,v in given.items() if k in _network})
+    return Recipe(**_over(plan.recipe, given)), plan
