@@ -215,7 +215,7 @@ def test_a_recipe_names_its_profile(file, tmp_path):
 
 
 def test_a_comparison_learns_harvests_and_bakes(tmp_path, capsys):
-    small = dict(size=8, bs=2000, widen=.125, seeds=2, out=str(tmp_path/'out'))
+    small = dict(size=8, bs=2000, widen=.125, epochs=1, seeds=2, out=str(tmp_path/'out'))
     learned_relu_compare(arms='relu,learned+averages', **small)
     learned_relu_harvest(str(tmp_path/'out'), str(tmp_path/'found.json'), arm='learned+averages')
     found = load_profile(tmp_path/'found.json')

@@ -108,7 +108,7 @@ def test_what_is_declared_about_judging_goes_by_the_file_and_changes_no_digest(t
 def test_every_field_changes_the_digest():
     other = dict(data='x', source='160', arch='xresnet34', epochs=2, size=29, bs=3, lr=1.,
                  schedule='flat_cos', opt='ranger', sqrmom=.5, eps=1e-3, wd=0.,
-                 smoothing=.1, mixup=.1, sh=.1, sa=True, sym=True, pool='MaxPool', fp16=True, batchnorm=False, widen=.5)
+                 smoothing=.1, mixup=.1, sh=.1, sa=True, sym=True, pool='MaxPool', fp16=True, batchnorm=False, widen=.5, model='a:b')
     digests = {Recipe(**{k: v}).digest('f') for k, v in other.items()}
     digests |= {Recipe(opt='ranger', beta=1.).digest('f'), Recipe(schedule='flat_cos', mom=.5).digest('f'), Recipe().digest('f')}
     assert set(other) | {'beta', 'mom'} == {o.name for o in fields(Recipe)} and len(digests) == len(other) + 3
@@ -122,7 +122,7 @@ def test_a_field_that_came_later_leaves_the_digests_of_older_records():
 
 
 def test_without_batchnorm_is_another_network_and_with_it_the_usual_one():
-    def count(**how): return sum(isinstance(m, _BatchNorm) for m in Recipe(**how).model(10).modules())
+    def count(**how): return sum(isinstance(m, _BatchNorm) for m in Recipe(**how).network(10).modules())
     assert count(batchnorm=False) == 0 < count() == count(batchnorm=True)
 
 

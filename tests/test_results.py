@@ -88,4 +88,4 @@ def test_the_first_command_does_what_the_readme_says(monkeypatch):
     monkeypatch.setattr('learned_relu.bench.commands.compare.run_arms', lambda *args: called.append(args))
     learned_relu_compare()
     arms, seeds, how, out, *_ = called[0]
-    assert ([o.name for o in arms], seeds, how.data, str(out)) == (['relu', 'general', 'learned'], [0, 1, 2], 'mnist', 'runs/mnist')
+    assert ([o.name for o in arms], seeds, how.data, str(out)) == (['relu', 'general', 'learned'], list(range(12)), 'mnist', 'runs/mnist')

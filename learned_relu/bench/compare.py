@@ -21,6 +21,7 @@ from .recipe import Recipe
 from .record import in_use, read_record, record_name, records_dir, write_record
 from .report import check_report, save_report
 from .run import train_run
+from .trial import tried
 
 # %% ../../nbs/api/35_bench.compare.ipynb #c39aacbe
 def _run(file, arm, seed, recipe, source, judging):
@@ -59,6 +60,7 @@ def compare(
     "Make the runs that are missing, seed by seed, and report on all of this recipe that `out` holds."
     check_report()
     source.check_bs(recipe.bs)
+    recipe = tried(recipe, arms, source)
     path = records_dir(out)
     mark = source.digest(recipe)
     todo = [(path/record_name(a.name, s, mark), a, s) for s in seeds for a in arms]

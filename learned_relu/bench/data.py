@@ -33,28 +33,38 @@ from .recipe import Recipe
 urls = dict(imagenette={'160': URLs.IMAGENETTE_160, '320': URLs.IMAGENETTE_320, 'full': URLs.IMAGENETTE},
             imagewoof={'160': URLs.IMAGEWOOF_160, '320': URLs.IMAGEWOOF_320, 'full': URLs.IMAGEWOOF})
 
-def _check_folders(data, path):
-    for o in ('train', 'val'):
-        if not (path/o).is_dir(): raise ValueError(f'data is {data!r}, which has no folder {o}/: pass mnist, '
-                                                   f'{", ".join(urls)}, or the path of a folder with train/ and val/')
+def _halves(data, path):
+    "The folders to train on and to validate on."
+    there = [o for o in ('val', 'valid') if (path/o).is_dir()]
+    lacks = [o for o,has in {'train/': (path/'train').is_dir(), 'val/ or valid/': there}.items() if not has]
+    if lacks:
+        raise ValueError(f'data is {data!r}, which has no folder {lacks[0]}: pass mnist, {", ".join(urls)}, '
+                         'or the path of a folder with train/ and val/ or valid/')
+    if len(there) > 1:
+        raise ValueError(f'data is {data!r}, which has a folder val/ and a folder valid/: '
+                         'rename the one that is not meant')
+    return 'train', *there
+
+def _check_classes(data, path):
     n = sum(o.is_dir() for o in (path/'train').iterdir())
     if n < 2: raise ValueError(f'data is {data!r}, whose train/ has {n} class(es): pass two folders of images or more')
 
 def find_images(
-    data:str, # 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/`
+    data:str, # 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/` or `valid/`
     source:str='320', # which of its images: '160' or '320' px on the shortest side, or 'full'; not for a folder
     skip_unreadable:bool=False, # leave out images that cannot be read, instead of raising
 ) -> tuple: # folder, files in it, fingerprint of their names and sizes
     "The images of a data set; `ValueError` names a missing folder, a single class, or unreadable images."
     path = untar_data(urls[data][source]) if data in urls else Path(data)
-    _check_folders(data, path)
-    files = sorted(get_image_files(path, folders=['train', 'val']))
+    halves = _halves(data, path)
+    _check_classes(data, path)
+    files = sorted(get_image_files(path, folders=halves))
     bad = verify_images(files)
     if len(bad) and not skip_unreadable:
         first = bad[0].relative_to(path)
         raise ValueError(f'{len(bad)} image(s) cannot be read, the first is {first}: mend it, or skip_unreadable')
     files = [o for o in files if o not in set(bad)]
-    for o in ('train', 'val'):
+    for o in halves:
         there = any(path/o in f.parents for f in files)
         if not there: raise ValueError(f'data is {data!r}, whose {o}/ has no image: put some into it')
     listing = '\n'.join(f'{o.relative_to(path).as_posix()} {o.stat().st_size}' for o in files)
@@ -68,7 +78,7 @@ class _Open(Transform):
     def encodes(self, file): return self.images.open(file)
 
 def image_dls(
-    path:Path, # folder with `train/` and `val/`
+    path:Path, # folder with `train/` and `val/` or `valid/`
     files:list, # images in it
     size:int, # side of the square images, in pixels
     bs:int, # batch size
@@ -80,7 +90,7 @@ def image_dls(
     source = TransformBlock(_Open(images), batch_tfms=IntToFloatTensor) if images else ImageBlock
     erasing = [RandomErasing(p=.3, max_count=3, sh=sh)] if sh else []
     block = DataBlock((source, CategoryBlock), get_items=lambda _: files, get_y=parent_label,
-                      splitter=GrandparentSplitter(valid_name='val'),
+                      splitter=GrandparentSplitter(*_halves(str(path), path)),
                       item_tfms=[RandomResizedCrop(size, min_scale=.35), FlipItem(.5)],
                       batch_tfms=[Normalize.from_stats(*imagenet_stats), *erasing])
     return block.dataloaders(path, bs=bs, num_workers=num_workers)
@@ -113,7 +123,7 @@ def mnist_dls(
 class Source:
     "The data of a comparison: found and checked once, made into equal data loaders for every run."
     def __init__(self,
-        data:str, # 'mnist', 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/`
+        data:str, # 'mnist', 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/` or `valid/`
         size:int, # side of the square images, in pixels
         source:str='', # which of its images: '160', '320' or 'full'; '' for the published choice, 320 up to 224 px
         skip_unreadable:bool=False, # leave out images that cannot be read, instead of raising
@@ -127,11 +137,14 @@ class Source:
         if data == 'mnist':
             dls,self.fingerprint = mnist_dls()
             self.name,self.n_train = data,len(dls.train_ds)
+            self.n_out,self.c_in = dls.c,dls.c_in
             return
         found = find_images(data, source or ('320' if size <= 224 else 'full'), skip_unreadable)
         self.path,self.files,self.fingerprint = found
         self.name = self.path.resolve().name
-        self.n_train = sum(self.path/'train' in o.parents for o in self.files)
+        trained = [parent_label(o) for o in self.files if self.path/'train' in o.parents]
+        self.n_train = len(trained)
+        self.n_out,self.c_in = len(set(trained)),3
         if data not in urls: self.asked = self.name
         self.images = decode_images(*found) if cache else None
 

@@ -79,7 +79,7 @@ def report_page(
     learned = [dict(who=f'{o["arm"]}, seed {o["seed"]}', shapes=_png(plot_shapes(o)), params=_png(plot_params(o)))
                for o in (seen[arm] for arm in df.arm if arm in seen)]
     return html_page('report.html', dict(
-        title=f'{r["data"]["name"]}: {r["recipe"]["arch"]}',
+        title=f'{r["data"]["name"]}: {r["recipe"].get("model") or r["recipe"]["arch"]}',
         results=readable(df), accuracy=_png(plot_accuracy(records)),
         tests=readable_tests(df), pairs=_png(plot_pairs(records)), coverage=readable_coverage(),
         declared=declared(records)[1], equivalence=readable_equivalence(df), losses=readable_losses(df),

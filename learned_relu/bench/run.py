@@ -83,8 +83,9 @@ def arm_model(
     c_in:int=3, # channels of the images
 ) -> nn.Module:
     "The model of an arm; seed torch before, and its convolutions are those of every other arm."
-    model = recipe.model(n_out, c_in)
-    if arm.patch: patch_relus(model, **arm.patch)
+    model = recipe.network(n_out, c_in)
+    sample = torch.zeros(1, c_in, recipe.size, recipe.size) if recipe.model else None # an xresnet tells by itself
+    if arm.patch: patch_relus(model, sample, **arm.patch)
     return model
 
 # %% ../../nbs/api/33_bench.run.ipynb #92996433
@@ -169,6 +170,7 @@ def train_run(
     checkpoint:Path=None, # file to go on from, written after every epoch; None for none
 ) -> dict: # the record
     "Train one arm once and return its record."
+    recipe = recipe.pinned(source.n_out, source.c_in)
     run = dict(arm=arm.name, seed=seed, digest=source.digest(recipe))
     machine = dict(processes=max(1, num_distrib()), workers=source.workers)
     batches = BatchDigest()

@@ -66,6 +66,7 @@ def search(
     if rounds < 1: raise ValueError(f'rounds is {rounds}: pass a count, 1 or more')
     if num_distrib() > 1: raise ValueError('A search runs in one process: start it without torchrun or accelerate')
     this,base,extras = Arm(arm),*arm.partition('+')[::2]
+    recipe = recipe.pinned(source.n_out, source.c_in)
     if not this.learns or this.patch['layer'] is not LearnedRelu:
         raise ValueError(f'arm is {arm!r}, which does not learn leak, sub and maxv: pass learned, for example')
     base = base.partition(':')[0]

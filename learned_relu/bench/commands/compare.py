@@ -22,7 +22,7 @@ def learned_relu_compare(
     # comma-separated names of arms (relu, leaky, prelu, general, learned, ...), or import paths such as torch.nn.ELU;
     # relu,general,learned by default
     arms:str=None,
-    seeds:int=None, # number of seeds, 0 to seeds-1; 3 by default
+    seeds:int=None, # number of seeds, 0 to seeds-1; 3 by default, and 12 for the digits
     out:str=None, # directory for records, table and page; runs/ and the name of the recipe or of the data by default
     skip_unreadable:bool=False, # leave out images that cannot be read
     workers:int=2, # processes that load images

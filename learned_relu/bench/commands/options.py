@@ -20,6 +20,7 @@ from fastcore.script import bool_arg
 from ..compare import compare
 from ..data import Source
 from ..distributed import first
+from ..model import find_model
 from ..recipe import Recipe
 
 # %% ../../../nbs/api/36_bench.commands.options.ipynb #ecf38ab1
@@ -71,6 +72,7 @@ def run_arms(
 ):
     "Train, report, and say where; an interrupt says how to go on."
     with kept_in(out):
+        if recipe.model: find_model(recipe.model) # before images are looked for
         source = Source(recipe.data, recipe.size, recipe.source, skip_unreadable, workers, cache)
         text = compare(arms, seeds, source, replace(recipe, data=source.asked), out, judging)
     if first(): print(f'{text}\n\n{Path(out)/"table.csv"}\n{Path(out)/"report.html"}')

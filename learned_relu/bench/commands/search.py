@@ -14,6 +14,7 @@ from fastcore.script import call_parse
 
 from .options import kept_in, one_line_errors, out_dir, recipe_options
 from ..data import Source
+from ..model import find_model
 from ..recipe import planned
 from ..search import search
 
@@ -37,6 +38,7 @@ def learned_relu_search(
         how,plan = planned(recipe, kwargs)
         to = out or f'{out_dir(recipe, how.data)}-search'
         with kept_in(to):
+            if how.model: find_model(how.model) # before images are looked for
             source = Source(how.data, how.size, how.source, skip_unreadable, workers, cache)
             where = range(first_seed, first_seed + seeds)
             how = replace(how, data=source.asked)
