@@ -160,15 +160,18 @@ def _of_model(model):
 def _of_record(record):
     found = record.get('averaged') or record.get('activation') or {}
     fixed = {k: (v, 0.) for k,v in (record.get('fixed') or {}).items()}
+    started = (record.get('profile') or {}).get('layers', {}) # where what did not learn stands layer by layer
+    started = {n: {k: (v, 0.) for k,v in o.items()} for n,o in started.items()}
     layers = {}
     for key,v in found.items():
         name,_,kind = key.rpartition('.')
-        if kind in KINDS: layers.setdefault(name, dict(fixed))[kind] = v['mean'],v['std']
+        if kind in KINDS: layers.setdefault(name, fixed | started.get(name, {}))[kind] = v['mean'],v['std']
     layers = {n: o for n,o in layers.items() if set(KINDS) <= set(o)}
     if not layers: raise ValueError(f'{record["arm"]}, seed {record["seed"]} has no layer with leak, sub and maxv: '
                                     'pass records of an arm that learns them')
     return layers
 
+# %% ../nbs/api/04_profile.ipynb #a1150007
 def _origin(runs, records):
     if not records: return dict(models=len(runs), network=type(inner_model(runs[0])).__name__)
     arms = sorted({(r['arm'], r['digest']) for r in runs})
@@ -187,7 +190,8 @@ def harvest(
     runs = list(model_or_records) if isinstance(model_or_records, (list, tuple)) else [model_or_records]
     records = bool(runs) and all(isinstance(o, dict) for o in runs)
     if not records and not (runs and all(isinstance(o, nn.Module) for o in runs)):
-        raise TypeError(f'{[type(o).__name__ for o in runs]} given: pass models, or records, one at least')
+        raise TypeError(f'{[type(o).__name__ for o in runs]} given: pass models, or records, one at least; '
+                        'the model of a Learner is learn.model')
     origin = _origin(runs, records)
     found = [_of_record(o) if records else _of_model(o) for o in runs]
     if any(list(o) != list(found[0]) for o in found):

@@ -109,6 +109,8 @@ def test_harvest_of_records():
     assert harvest(record(0, averaged=record(0, shift=7.)['activation'])).values()['0']['leak'] == 7.
     only_sub = record(0, activation={'0.sub': dict(mean=.3, std=0.)}, fixed=dict(leak=.05, maxv=10.))
     assert harvest(only_sub).values() == {'0': dict(leak=.05, sub=.3, maxv=10.)}
+    only_sub['profile'] = dict(layers={'0': dict(leak=.2, sub=.1, maxv=8.)}) # what the others stand at
+    assert harvest(only_sub).values() == {'0': dict(leak=.2, sub=.3, maxv=8.)}
 
 
 @pytest.mark.parametrize('given,error,words', [

@@ -43,7 +43,8 @@ def readable_questions(
     def num(v, f): return '-' if pd.isna(v) else f.format(v)
     def row(r):
         span = '-' if pd.isna(r['low']) else f'[{r["low"]:+.2f}, {r["high"]:+.2f}]'
-        anytime = f'[{r["anytime low"]:+.2f}, {r["anytime high"]:+.2f}]' if abs(r['anytime low']) < float('inf') else '-'
+        low,high = r['anytime low'],r['anytime high']
+        anytime = f'[{low:+.2f}, {high:+.2f}]' if abs(low) < float('inf') else '-'
         found = {'question': f'{r["arm"]} - {r["base"]}', 'pairs': str(r['n']), 'difference': num(r['mean'], '{:+.2f}'),
                  '95 % t': span, '95 % anytime-valid': anytime, 'p, Holm': num(r['p holm'], '{:.2g}')}
         if 'margin' not in r: return found
