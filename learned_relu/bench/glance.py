@@ -61,7 +61,8 @@ def readable_moves(
 ) -> pd.DataFrame: # text cells
     "`moves`, rounded."
     df = moves(records)
-    return df.astype(dict(seeds=str, steps=str)).map(lambda o: f'{o:.3f}' if isinstance(o, float) else o) if len(df) else df
+    if not len(df): return df
+    return df.astype(dict(seeds=str, steps=str)).map(lambda o: f'{o:.3f}' if isinstance(o, float) else o)
 
 # %% ../../nbs/api/34_bench.glance.ipynb #e8587aff
 def _draw_moves(ax, rows, color, arm, shift):
