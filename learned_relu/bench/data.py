@@ -142,8 +142,7 @@ class Source:
         self.path,self.files,self.fingerprint = found
         self.name = self.path.resolve().name
         trained = [parent_label(o) for o in self.files if self.path/'train' in o.parents]
-        self.n_train = len(trained)
-        self.n_out,self.c_in = len(set(trained)),3 # classes, and channels of the images
+        self.n_train,self.n_out,self.c_in = len(trained),len(set(trained)),3 # images, classes, channels
         if data not in urls: self.asked = self.name
         self.images = decode_images(*found) if cache else None
 
