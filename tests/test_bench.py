@@ -85,7 +85,7 @@ def test_a_comparison_is_paired_recorded_and_reported(finished):
     assert str(out) not in json.dumps(records)
     assert 'vs relu' in done.stdout and not list((out/'records').glob('*.tmp'))
     page = (out/'report.html').read_text()
-    assert page.count('<img alt="') == 4 and 'src="http' not in page
+    assert page.count('<img alt="') == 5 and 'src="http' not in page
 
 
 def test_records_keep_what_their_recipe_declares_and_the_report_judges_by_it(finished, images, tmp_path):

@@ -387,7 +387,7 @@ def test_a_page_without_pairs_or_telemetry_and_with_strange_names():
 
 def test_a_page_holds_what_a_reader_needs():
     page = report_page(read_records(WOOF)[0]['34d243ea'])
-    assert page.count('<img alt=') == page.count('<figcaption>') == 4 and not re.search(r'src="http|<link|<script|@import', page)
+    assert page.count('<img alt=') == page.count('<figcaption>') == 5 and not re.search(r'src="http|<link|<script|@import', page)
     assert 'https://github.com/fastai/imagenette' in page and '±1 %' in page and '| 64 | 2 | 41.10% | 1 | learned |' in page
     assert 'size = 64\n' in page and 'data = &#34;imagewoof2-160&#34;' in page
     meant = ' '.join(re.findall('<dt>(.*?)</dt>', page))

@@ -136,15 +136,13 @@ class Source:
         self.files = None
         if data == 'mnist':
             dls,self.fingerprint = mnist_dls()
-            self.name,self.n_train = data,len(dls.train_ds)
-            self.n_out,self.c_in = dls.c,dls.c_in
+            self.name,self.n_train,self.n_out,self.c_in = data,len(dls.train_ds),dls.c,dls.c_in
             return
         found = find_images(data, source or ('320' if size <= 224 else 'full'), skip_unreadable)
         self.path,self.files,self.fingerprint = found
         self.name = self.path.resolve().name
         trained = [parent_label(o) for o in self.files if self.path/'train' in o.parents]
-        self.n_train = len(trained)
-        self.n_out,self.c_in = len(set(trained)),3
+        self.n_train,self.n_out,self.c_in = len(trained),len(set(trained)),3 # images, classes, channels
         if data not in urls: self.asked = self.name
         self.images = decode_images(*found) if cache else None
 

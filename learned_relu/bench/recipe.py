@@ -56,20 +56,6 @@ def _check_ranges(recipe):
             v = getattr(recipe, k)
             if v is not None and not fits(v): raise ValueError(f'{k} is {v}: pass {what}')
 
-_network = 'arch','sa','sym','pool','widen','batchnorm' # fields that say what an xresnet is like
-
-def _refuse_two_networks(model, said):
-    if said:
-        raise ValueError(f'model is {model!r}, and {" and ".join(f"{k} is {v!r}" for k,v in said.items())}, which is '
-                         "for fastai's xresnets alone: leave out one or the other")
-
-def _check_network(recipe):
-    usual = {f.name: f.default for f in fields(recipe)}
-    said = {k: getattr(recipe, k) for k in _network}
-    if not recipe.model: return
-    _refuse_two_networks(recipe.model, {k: v for k,v in said.items() if v not in ('', usual[k])})
-    object.__setattr__(recipe, 'arch', '') # so that nothing says it is one
-
 def _check_choices(recipe):
     known_archs = [''] if recipe.model else xresnet_names()
     for k,known in dict(opt=opts, pool=pools, schedule=schedules, arch=known_archs).items():
@@ -85,6 +71,21 @@ def _check_choices(recipe):
     for k,name in dict(mom='mom', sqrmom='sqr_mom', eps='eps', beta='beta').items():
         v = getattr(recipe, k)
         if v and name not in has: raise ValueError(f'{k} is {v}, which {recipe.opt} does not have: leave it out')
+
+# %% ../../nbs/api/30_bench.recipe.ipynb #fa17e684
+_network = 'arch','sa','sym','pool','widen','batchnorm' # fields that say what an xresnet is like
+
+def _refuse_two_networks(model, said):
+    if said:
+        raise ValueError(f'model is {model!r}, and {" and ".join(f"{k} is {v!r}" for k,v in said.items())}, which is '
+                         "for fastai's xresnets alone: leave out one or the other")
+
+def _check_network(recipe):
+    usual = {f.name: f.default for f in fields(recipe)}
+    said = {k: getattr(recipe, k) for k in _network}
+    if not recipe.model: return
+    _refuse_two_networks(recipe.model, {k: v for k,v in said.items() if v not in ('', usual[k])})
+    object.__setattr__(recipe, 'arch', '') # so that nothing says it is one
 
 # %% ../../nbs/api/30_bench.recipe.ipynb #6b0d9269
 _later = dict(batchnorm=True, widen=1., model='') # fields that the first records lack, with what they meant there

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from .._files import whole_file
 from .figures import plot_accuracy, plot_pairs, plot_params, plot_shapes
+from .glance import answers, plot_moves, readable_moves
 from .record import ran_on
 from .stats import check_statistics
 from .table import (board_rows, declared, leaderboard, readable, readable_coverage,
@@ -80,6 +81,7 @@ def report_page(
                for o in (seen[arm] for arm in df.arm if arm in seen)]
     return html_page('report.html', dict(
         title=f'{r["data"]["name"]}: {r["recipe"].get("model") or r["recipe"]["arch"]}',
+        answers=answers(df), moved=_png(plot_moves(records)), moves=readable_moves(records),
         results=readable(df), accuracy=_png(plot_accuracy(records)),
         tests=readable_tests(df), pairs=_png(plot_pairs(records)), coverage=readable_coverage(),
         declared=declared(records)[1], equivalence=readable_equivalence(df), losses=readable_losses(df),

@@ -59,6 +59,7 @@ def _check_kept(recipe, model, other, x):
         raise ValueError(f'model is {recipe.model!r}, which holds values that its state_dict lacks, so that no run '
                          'could go on: make them parameters, or buffers with register_buffer')
 
+# %% ../../nbs/api/34_bench.trial.ipynb #c290286e
 def _made(recipe, arm, seed, source):
     set_seed(seed)
     return arm_model(arm, recipe, source.n_out, source.c_in)
@@ -66,8 +67,8 @@ def _made(recipe, arm, seed, source):
 def _check_arm(recipe, arm, source, x):
     try: model = _made(recipe, arm, 0, source)
     except ValueError as e:
-        raise ValueError(f'model is {recipe.model!r}, in which the arm {arm.name!r} can replace nothing ({in_short(e)}): '
-                         'leave the arm out, or let the model call a ReLU') from e
+        raise ValueError(f'model is {recipe.model!r}, in which the arm {arm.name!r} can replace nothing '
+                         f'({in_short(e)}): leave the arm out, or let the model call a ReLU') from e
     if arm.name == 'penalty' and not any(isinstance(m, nn.ReLU) for m in model.modules()):
         raise ValueError(f'model is {recipe.model!r}, which has no nn.ReLU that the arm {arm.name!r} could watch: '
                          'leave the arm out, or let the model have nn.ReLU modules')
