@@ -88,7 +88,7 @@ class _Read(_Kept):
 
     def _moved(self): # by one update that counted itself
         n = self.num_averaged
-        vars(self).update(_counted=(n, n._version, self._counted[2] + 1), _entered=None) # past `nn.Module`, which is slow
+        vars(self).update(_counted=(n, n._version, self._counted[2] + 1), _entered=None) # by `setattr` it takes long
 
 # %% ../nbs/api/01_averages.ipynb #7d1f0c01
 def _differ(those, these): return not all(torch.equal(whole(a), whole(b)) for a,b in zip(those, these))

@@ -1,8 +1,13 @@
 "What several test files train on, and where it is kept."
+import shutil
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from learned_relu._files import cache_dir
+from learned_relu.kernels.build import kernels
 from learned_relu.kernels.dispatch import node
 
 
@@ -14,9 +19,15 @@ def without_node(monkeypatch):
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory):
-    "What the commands keep, kernels and decoded images, goes with the tests"
+    "What the commands keep, kernels and decoded images, goes with the tests; kernels that are there need not be compiled again"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of a machine without a compiler
+        kernels()
+    there = cache_dir()
     with pytest.MonkeyPatch.context() as m:
         m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        cache_dir().mkdir(mode=0o700)
+        for o in there.glob('*.so'): shutil.copy(o, cache_dir())
         yield
 
 

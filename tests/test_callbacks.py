@@ -26,6 +26,7 @@ from learned_relu.all import (
     act_params,
     patch_relus,
 )
+from learned_relu.guard import Guard
 
 wrapped_opts = pytest.mark.parametrize('opt', OPTS)
 
@@ -306,3 +307,21 @@ def test_an_optimizer_built_by_hand_cannot_be_made_again():
     (lambda: ActTelemetry(.5), TypeError, 'every is 0.5'), (lambda: NoDecayActParams(math.inf), ValueError, 'lr_mult is inf')])
 def test_bad_input_is_named(bad, error, words):
     with pytest.raises(error, match=words): bad()
+
+
+def test_a_step_in_which_all_is_well_writes_nothing():
+    layer = LearnedRelu(8)
+    acts = act_params(layer)
+    guard = Guard(acts, [o.layer.bounds_of(o.kind) for o in acts])
+    def written():
+        loss = layer(torch.linspace(-2, 12, 80).view(10, 8)).sum()
+        loss.backward()
+        before = [t._version for o in acts for t in (o.param, o.param.grad)]
+        guard.before_batch(); guard.before_step(loss); guard.after_step()
+        return sum(a != t._version for a, t in zip(before, (t for o in acts for t in (o.param, o.param.grad)), strict=True))
+    assert written() == 0
+    layer.leak.data[3] = -1.
+    assert written() > 0 and layer.leak[3] == 0
+    assert written() == 0
+    layer.sub.grad[2] = float('nan')
+    assert written() > 0 and layer.sub.grad[2] == 0 and guard.counts() == (0, 1)
