@@ -206,10 +206,10 @@ def test_a_disk_that_is_full_keeps_finished_records(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line_in_a_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('learned_relu.bench.record.json.dump', full)
     with pytest.raises(SystemExit, match='error: relu-seed0-.*json cannot be written'):
-        learned_relu_compare(arms='relu', seeds=1, size=8, bs=2000, out=tmp_path/'o')
+        learned_relu_compare(arms='relu', seeds=1, size=8, epochs=1, bs=2000, out=tmp_path/'o')
     assert len(list((tmp_path/'o'/'checkpoints').glob('*.pt'))) == 1 # the trained epochs are not lost
     monkeypatch.undo()
-    learned_relu_compare(arms='relu', seeds=1, size=8, bs=2000, out=tmp_path/'o')
+    learned_relu_compare(arms='relu', seeds=1, size=8, epochs=1, bs=2000, out=tmp_path/'o')
     assert read_record(next((tmp_path/'o'/'records').glob('*.json')))['resumed'] == [1]
 
 
@@ -218,7 +218,7 @@ def test_a_directory_in_use_is_named_with_its_process(tmp_path):
     child = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == 'in\n'
     with pytest.raises(SystemExit, match=f'error: .* is in use by process {child.pid} on '):
-        learned_relu_compare(arms='relu', seeds=1, size=8, bs=2000, out=tmp_path)
+        learned_relu_compare(arms='relu', seeds=1, size=8, epochs=1, bs=2000, out=tmp_path)
     child.kill(); child.communicate() # a lock does not outlive its process
     with in_use(tmp_path): assert (tmp_path/'.lock.owner').read_text().startswith(f'process {os.getpid()} on')
     assert not list((tmp_path/'records').glob('*.json'))
