@@ -24,7 +24,7 @@ from learned_relu.bench.pairs import check_pairs
 from learned_relu.bench.recipe import Recipe, read_recipe
 from learned_relu.bench.record import read_records
 from learned_relu.bench.search import search
-from learned_relu.bench.stability import agreement, moves, reset_effects, stability
+from learned_relu.bench.stability import agreement, layer_moves, reset_effects, stability
 from learned_relu.profile import KINDS, Found, Profile, as_profile, reset_profile
 from learned_relu.xresnet import plain_xresnet
 
@@ -289,7 +289,7 @@ def test_stability_and_moves_of_the_records_kept_here():
     wide = np.array([[r['activation'][f'{n}.leak']['mean'] for n in harvest(records).layers] for r in records])
     assert by_kind.agreement['leak'] == pytest.approx(agreement(wide)[0]) and by_kind.low['leak'] > .8
     assert by_kind.spread['leak'] == pytest.approx(np.sqrt(wide.var(0, ddof=1).mean()))
-    found = moves(records).set_index(['layer', 'kind'])
+    found = layer_moves(records).set_index(['layer', 'kind'])
     assert len(found) == 57 and found.loc[('7.1.act', 'leak'), 'high'] < 0
     assert found.loc[('7.1.act', 'leak'), 'value'] == pytest.approx(harvest(records).values()['7.1.act']['leak'])
 
