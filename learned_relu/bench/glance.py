@@ -36,6 +36,7 @@ def answers(
 def _ends(record):
     "Layer, kind, start, end, and deviation over channels at the end, of one run."
     df = pd.DataFrame(record['telemetry'])
+    if 'std' not in df: df['std'] = np.nan # which the first records lack
     by = df.sort_values('step', kind='stable').groupby(['layer', 'kind'], sort=False)
     found = by.agg(start=('mean', 'first'), end=('mean', 'last'), channels=('std', 'last'), steps=('step', 'max'))
     return found.reset_index().assign(arm=record['arm'], seed=record['seed'])
