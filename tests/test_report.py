@@ -369,7 +369,7 @@ def read(page):
 
 def test_names_are_written_letter_by_letter():
     tags, text = read(report_page(hostile_records()))
-    own = 'html head meta title style body h1 h2 table thead tbody tr th td p a figure img figcaption dl dt dd pre code'.split()
+    own = 'html head meta title style body h1 h2 table thead tbody tr th td p a figure img figcaption dl dt dd pre code ul li'.split()
     assert {o for o, _ in tags} == {*own}
     assert {k for _, a in tags for k in a} <= {*'lang charset name content style class border href alt src'.split()}, 'a name opened an attribute'
     assert all(text.count(o) >= 3 for o in HOSTILE), 'in two tables and the board'
