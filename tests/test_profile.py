@@ -70,6 +70,7 @@ def test_nothing_finished_is_written_over(file):
     with pytest.raises(ValueError, match='holds something else'): save_profile(some(2), file)
     assert file.read_bytes() == before and save_profile(some(), file) == file
     with pytest.raises(ValueError, match='cannot be written'): save_profile(some(), file/'below')
+    with pytest.raises(ValueError, match='cannot be written'): save_profile(some(), file.parent)
     with pytest.raises(TypeError, match='values is a dict'): as_profile({})
 
 
@@ -261,6 +262,11 @@ def test_a_search_goes_on_where_it_was_broken_off(tmp_path, monkeypatch, capsys)
 def test_a_search_ends_when_the_profile_has_settled(tmp_path, capsys):
     done = search('learned', [0, 1], Source('mnist', 8), Recipe(size=8, bs=4000, widen=.125, lr=1e-5), tmp_path)
     assert len(done) == 1 and 'round 1 moved' in capsys.readouterr().out
+
+
+def test_a_search_goes_on_from_the_profile_of_another_network(file, tmp_path, capsys):
+    (done,) = search(f'learned:{file}', [0, 1], Source('mnist', 8), Recipe(size=8, bs=4000, widen=.125, lr=1e-5), tmp_path/'out')
+    assert len(done['profile']) == 19 and done['movement']['leak'][0] < 1e-3 # from where each layer started, by its depth
 
 
 @pytest.mark.parametrize('args,words', [(('learned', [1]), 'pass two at least'), (('general', [0, 1]), 'does not learn leak'),

@@ -19,7 +19,7 @@ from .data import Source
 from .recipe import Recipe
 from .record import read_record, record_name
 from ..layers import LearnedRelu
-from ..profile import KINDS, Profile, harvest, save_profile
+from ..profile import KINDS, STARTS, Profile, harvest, save_profile
 
 # %% ../../nbs/api/36_bench.search.ipynb #01b3b9f7
 def movement(
@@ -48,8 +48,8 @@ def _round(arm, seeds, source, recipe, out, judging):
 
 def _start(arm, layers):
     "Where an arm starts, as a profile of these layers."
-    if arm.profile: return arm.profile
-    usual = dict(leak=.05, sub=.25, maxv=10.) | {k: v for k,v in arm.patch.items() if k in KINDS}
+    if arm.profile: return Profile(dict(zip(layers, arm.profile.matched([*layers])[0])))
+    usual = STARTS | {k: v for k,v in arm.patch.items() if k in KINDS}
     return Profile(dict.fromkeys(layers, usual))
 
 def search(

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 
 from ..params import act_params
+from ..profile import STARTS
 from .stats import interval
 
 # %% ../../nbs/api/34_bench.stability.ipynb #81c9449e
@@ -84,7 +85,7 @@ def reset_effects(
 ) -> pd.DataFrame: # a row per layer or kind: loss without it, and what that adds
     "Validation loss with some curves back where learning starts, everything else as it is; the model stays as it was."
     if by not in ('layer', 'kind'): raise ValueError(f"by is {by!r}: pass 'layer' or 'kind'")
-    to,acts = dict(leak=.05, sub=.25, maxv=10.) | starts,act_params(learn.model)
+    to,acts = STARTS | starts,act_params(learn.model)
     acts = [o for o in acts if o.kind in to]
     if not acts: raise ValueError('The model has no learned leak, sub or maxv: nothing can be put back')
     def name(o): return o.name if by == 'layer' else o.kind
