@@ -1,5 +1,6 @@
 "What several test files train on, and where it is kept."
 import shutil
+import sys
 import warnings
 
 import numpy as np
@@ -9,6 +10,13 @@ from PIL import Image
 from learned_relu._files import cache_dir
 from learned_relu.kernels.build import kernels
 from learned_relu.kernels.dispatch import node
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    "A figure that a test left would show up among the outputs of the next page that draws"
+    yield
+    if pyplot := sys.modules.get('matplotlib.pyplot'): pyplot.close('all')
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -75,6 +75,7 @@ finite = st.floats(-50, 50, width=32)
 
 @CURVES
 @settings(max_examples=200, deadline=None)
+@example(xs=[-1.], leak=torch.tensor(1e-3).item(), sub=1., maxv=0.)  # a slope that is barely divided by
 @given(xs=st.lists(finite, min_size=1, max_size=40), leak=st.floats(0, 1, width=32), sub=st.floats(-2, 2, width=32),
        maxv=st.floats(-1, 20, width=32))
 def test_any_numbers_agree_with_the_reference(curve, xs, leak, sub, maxv):
@@ -83,7 +84,12 @@ def test_any_numbers_agree_with_the_reference(curve, xs, leak, sub, maxv):
     y, want = curve(x[None], *ps), learned_relu_reference(x[None], *ps)
     assert torch.equal(y, want)
     g = torch.linspace(-1, 1, x.numel())[None]
-    for a, b in zip(torch.autograd.grad(y, [x, *ps], g), torch.autograd.grad(want, [x, *ps], g), strict=True): assert_close(a, b)
+    dx, dleak, *rest = torch.autograd.grad(y, [x, *ps], g)
+    wantx, wantleak, *others = torch.autograd.grad(want, [x, *ps], g)
+    # the kernel divides what it kept by the slope (kernels.cpu, "What is kept"), which magnifies the rounding of sub
+    divided = 2**-23*abs(sub)/leak if leak >= 2**-10 else 0
+    assert_close(dleak, wantleak, rtol=1.3e-6, atol=1e-5 + (0 if curve is eager else divided*g.abs().sum().item()))
+    for a, b in zip((dx, *rest), (wantx, *others), strict=True): assert_close(a, b)
 
 
 @CURVES
