@@ -15,7 +15,7 @@ from torch import nn
 
 from learned_relu.act_layer import ActLayer
 from learned_relu.all import EMAActParams, GeneralRelu, LearnedRelu, act_layers, act_params, harvest, load_profile, patch_relus, save_profile
-from learned_relu.bench import compare as engine
+from learned_relu.bench import launch
 from learned_relu.bench.arms import Arm
 from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.commands.harvest import learned_relu_harvest
@@ -244,12 +244,12 @@ def test_a_search_goes_on_where_it_was_broken_off(tmp_path, monkeypatch, capsys)
     source, made = Source('mnist', 8), []
     run = partial(search, 'learned_from_relu+freeze', [5, 6], source, Recipe(size=8, bs=1000, widen=.125, lr=.05), rounds=2)
     whole = run(tmp_path/'whole')
-    real = engine.train_run
+    real = launch.train_run
     def breaks(*args, **kwargs):
         made.append(args[0].name)
         if len(made) == 4: raise KeyboardInterrupt
         return real(*args, **kwargs)
-    monkeypatch.setattr(engine, 'train_run', breaks)
+    monkeypatch.setattr(launch, 'train_run', breaks)
     with pytest.raises(KeyboardInterrupt): run(tmp_path/'parts')
     again = run(tmp_path/'parts')
     assert len(whole) == 2 and len(made) == 5 and [o['profile'].values() for o in again] == [o['profile'].values() for o in whole]

@@ -59,7 +59,7 @@ def test_the_metadata_says_what_users_and_tools_need(built):
     assert meta['Version'] == learned_relu.__version__ and meta['Requires-Python'] == '>=3.10' and meta['License-Expression'] == 'Apache-2.0'
     assert {'Repository', 'Documentation'} <= {o.split(',')[0] for o in meta.get_all('Project-URL')}
     assert {re.split('[^a-z]', o)[0] for o in meta.get_all('Requires-Dist') if 'extra' not in o} == {'fastai', 'fastcore', 'torch', 'matplotlib'}
-    assert set(meta.get_all('Provides-Extra')) == {'bench', 'dev'}
+    assert set(meta.get_all('Provides-Extra')) == {'bench', 'ray', 'dev'}
     assert any(o.startswith('Development Status') for o in meta.get_all('Classifier')) and meta.get_payload().startswith('# learned_relu')
     commands = re.findall(r'^(learned_relu_\w+) = ', entries, flags=re.M)
     assert commands == [f'learned_relu_{o}' for o in 'compare harvest report search speed train'.split()]

@@ -16,36 +16,69 @@ from fastprogress.fastprogress import format_time
 
 from .data import Source
 from .distributed import first
+from .launch import Run, one_after_another
 from .pairs import check_pairs
 from .recipe import Recipe
 from .record import in_use, read_record, record_name, records_dir, write_record
 from .report import check_report, save_report
-from .run import train_run
 from .trial import tried
 
-# %% ../../nbs/api/35_bench.compare.ipynb #c39aacbe
-def _run(file, arm, seed, recipe, source, judging):
-    checkpoint = file.parent.parent/'checkpoints'/f'{file.stem}.pt'
-    checkpoint.parent.mkdir(exist_ok=True)
-    record = train_run(arm, seed, recipe, source, checkpoint=checkpoint)
+# %% ../../nbs/api/35_bench.compare.ipynb #70dcafe1
+class _Told:
+    "What is said while runs are made, in the order of all of them."
+    def __init__(self, runs, done):
+        self.names = {o: f'run {i}/{len(runs)}: {o.arm.name}, seed {o.seed}' for i,o in enumerate(runs, 1)}
+        self.before = [o for o in runs if o in done]
+        self.took,self.running = [o['seconds'] for o in done.values()],set()
+
+    def say(self, run, more=''):
+        if first(): print(f'{self.names[run]}{more}', flush=True)
+
+    def skip(self, until=None):
+        "Name runs that were finished before, up to one that was not."
+        names = list(self.names)
+        while self.before and (until is None or names.index(self.before[0]) < names.index(until)):
+            self.say(self.before.pop(0), ' (finished before)')
+
+    def begin(self, run, where, left):
+        self.skip(run)
+        moved = run in self.running
+        self.running.add(run)
+        rest = mean(self.took)*left/len(self.running) if self.took else None
+        there = f' {"moves to" if moved else "on"} {where}, {len(self.running)} running, {len(self.names) - left} done'
+        self.say(run, (there if where else '') + (f', about {format_time(rest)} to go' if rest else ''))
+
+    def end(self, run, seconds):
+        self.running.discard(run)
+        self.took.append(seconds)
+
+# %% ../../nbs/api/35_bench.compare.ipynb #70dcafe3
+def _keep(record, run, path, judging):
     if judging: record['judging'] = judging
     if first():
-        write_record(record, file.parent)
-        checkpoint.unlink(missing_ok=True)
+        write_record(record, path)
+        run.checkpoint.unlink(missing_ok=True)
     return record
 
-def _run_missing(todo, have, others, recipe, source, judging):
-    took = [o['seconds'] for o in have.values()]
-    for i,(file,arm,seed) in enumerate(todo, 1):
-        check_pairs([*have.values(), *others])
-        note = ''
-        if file in have: note = ' (finished before)'
-        elif took: note = f', about {format_time(mean(took)*(len(todo) - len(have)))} to go'
-        if first(): print(f'run {i}/{len(todo)}: {arm.name}, seed {seed}{note}', flush=True)
-        if file in have: continue
-        have[file] = _run(file, arm, seed, recipe, source, judging)
-        took.append(have[file]['seconds'])
+def _make_missing(runs, have, others, recipe, source, path, judging, launch):
+    "Make the runs that are missing; those that failed, with why."
+    told,failed = _Told(runs, have),[]
+    check_pairs([*have.values(), *others])
+    for what,run,res in launch([o for o in runs if o not in have], recipe, source):
+        if what == 'said' and first(): print(res, flush=True)
+        if what == 'begun': told.begin(run, res, len(runs) - len(have))
+        if what == 'failed':
+            failed.append(run)
+            told.running.discard(run)
+            told.say(run, f' failed: {res}')
+        if what == 'done':
+            have[run] = _keep(res, run, path, judging)
+            told.end(run, res['seconds'])
+            check_pairs([*have.values(), *others])
+    told.skip()
+    return failed
 
+# %% ../../nbs/api/35_bench.compare.ipynb #70dcafe4
 def _remove_empty(path):
     if path.is_dir() and not any(path.iterdir()): path.rmdir()
 
@@ -56,19 +89,25 @@ def compare(
     recipe:Recipe, # how to train
     out:str, # directory for `records/`, `checkpoints/`, `table.csv` and `report.html`
     judging:dict=None, # what was declared about judging, as `Plan.judging`, for each record to keep
+    launch=one_after_another, # who makes the runs: a launcher
 ) -> str: # the table as text; empty in all processes but the first
-    "Make the runs that are missing, seed by seed, and report on all of this recipe that `out` holds."
+    """Make the runs that are missing, seed by seed, and report on all of this recipe that `out` holds; `ValueError`
+    before the first where something stands in the way, and at the end where one failed."""
     check_report()
     source.check_bs(recipe.bs)
     recipe = tried(recipe, arms, source)
     path = records_dir(out)
     mark = source.digest(recipe)
-    todo = [(path/record_name(a.name, s, mark), a, s) for s in seeds for a in arms]
+    names = {(a, s): record_name(a.name, s, mark) for s in seeds for a in arms}
+    runs = {Run(a, s, Path(out, 'checkpoints', f'{Path(o).stem}.pt')): path/o for (a,s),o in names.items()}
     with in_use(out) if first() else nullcontext():
-        have = {f: read_record(f) for f,*_ in todo if f.exists()}
-        others = [read_record(f) for f in sorted(path.glob(f'*-{mark}.json')) if f not in have]
-        _run_missing(todo, have, others, recipe, source, judging)
-        check_pairs([*have.values(), *others])
+        have = {o: read_record(f) for o,f in runs.items() if f.exists()}
+        others = [read_record(f) for f in sorted(path.glob(f'*-{mark}.json')) if f not in runs.values()]
+        Path(out, 'checkpoints').mkdir(exist_ok=True)
+        failed = _make_missing([*runs], have, others, recipe, source, path, judging, launch)
         if not first(): return ''
-        _remove_empty(Path(out)/'checkpoints')
-        return save_report([*(have[f] for f,*_ in todo), *others], out)
+        _remove_empty(Path(out, 'checkpoints'))
+        text = save_report([*(have[o] for o in runs if o in have), *others], out) if have or others else ''
+        if failed: raise ValueError(f'{len(failed)} of {len(runs)} runs failed, as said above; the report is on the '
+                                    'others, and the same command makes only what is missing')
+        return text

@@ -10,7 +10,7 @@ __all__ = ['urls', 'find_images', 'image_dls', 'mnist_dls', 'Source']
 # %% ../../nbs/api/31_bench.data.ipynb #00cfe771
 import hashlib
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from fastai.vision.augment import FlipItem, RandomErasing, RandomResizedCrop
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.utils import verify_images
+from fastcore.basics import patch
 from fasttransform.transform import Transform
 from torch.utils.data import TensorDataset
 
@@ -53,13 +54,14 @@ def find_images(
     data:str, # 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/` or `valid/`
     source:str='320', # which of its images: '160' or '320' px on the shortest side, or 'full'; not for a folder
     skip_unreadable:bool=False, # leave out images that cannot be read, instead of raising
+    verify:bool=True, # open each image, to find those that cannot be read
 ) -> tuple: # folder, files in it, fingerprint of their names and sizes
     "The images of a data set; `ValueError` names a missing folder, a single class, or unreadable images."
     path = untar_data(urls[data][source]) if data in urls else Path(data)
     halves = _halves(data, path)
     _check_classes(data, path)
     files = sorted(get_image_files(path, folders=halves))
-    bad = verify_images(files)
+    bad = verify_images(files) if verify else []
     if len(bad) and not skip_unreadable:
         first = bad[0].relative_to(path)
         raise ValueError(f'{len(bad)} image(s) cannot be read, the first is {first}: mend it, or skip_unreadable')
@@ -120,6 +122,11 @@ def mnist_dls(
     return dls, mark
 
 # %% ../../nbs/api/31_bench.data.ipynb #b2115b19
+def _check_same(data, found, same):
+    if same in (None, found): return
+    raise ValueError(f'data is {data!r}, which holds other images here (fingerprint {found}) than where it was looked '
+                     f'at first ({same}): let both see the same')
+
 class Source:
     "The data of a comparison: found and checked once, made into equal data loaders for every run."
     def __init__(self,
@@ -129,44 +136,56 @@ class Source:
         skip_unreadable:bool=False, # leave out images that cannot be read, instead of raising
         workers:int=2, # processes that load images
         cache:bool=True, # decode all images once, into a file that later runs share
+        same:str=None, # fingerprint from elsewhere, which these data must have; their images were verified there
     ):
+        where = data if data == 'mnist' or data in urls else str(Path(data).absolute())
+        self._again = partial(Source, where, size, source, skip_unreadable, workers, cache)
         self.size = size
         self.workers = workers
         self.asked = data # what a record says, which holds no path of this machine
         self.files = None
         if data == 'mnist':
             dls,self.fingerprint = mnist_dls()
+            _check_same(data, self.fingerprint, same)
             self.name,self.n_train,self.n_out,self.c_in = data,len(dls.train_ds),dls.c,dls.c_in
             return
-        found = find_images(data, source or ('320' if size <= 224 else 'full'), skip_unreadable)
+        which = source or ('320' if size <= 224 else 'full')
+        found = find_images(data, which, skip_unreadable, skip_unreadable or not same)
         self.path,self.files,self.fingerprint = found
+        _check_same(data, self.fingerprint, same)
         self.name = self.path.resolve().name
         trained = [parent_label(o) for o in self.files if self.path/'train' in o.parents]
         self.n_train,self.n_out,self.c_in = len(trained),len(set(trained)),3 # images, classes, channels
         if data not in urls: self.asked = self.name
         self.images = decode_images(*found) if cache else None
 
-    def check_bs(self,
-        bs:int, # batch size
-    ):
-        "Raise `ValueError` where there is not one whole batch."
-        n = self.n_train//max(1, num_distrib())
-        if bs > n: raise ValueError(f'bs is {bs}, but there are only {n} images in training for each process: '
-                                    f'pass {n} or less')
+    def __reduce__(self): return partial(self._again, same=self.fingerprint), ()
 
-    def digest(self,
-        recipe:Recipe, # how to train on these data
-    ) -> str: # 8 hexadecimal digits
-        "A short name for a recipe on these data."
-        return replace(recipe, data=self.name).digest(self.fingerprint)
+# %% ../../nbs/api/31_bench.data.ipynb #5ac0ffee
+@patch
+def check_bs(self:Source,
+    bs:int, # batch size
+):
+    "Raise `ValueError` where there is not one whole batch."
+    n = self.n_train//max(1, num_distrib())
+    if bs > n: raise ValueError(f'bs is {bs}, but there are only {n} images in training for each process: '
+                                f'pass {n} or less')
 
-    def dls(self,
-        bs:int, # batch size
-        sh:float=0., # largest share of an image that random erasing takes; 0 for none
-    ): # `DataLoaders`
-        "Fresh data loaders; seed before."
-        self.check_bs(bs)
-        if self.files is not None:
-            return image_dls(self.path, self.files, self.size, bs, self.workers, sh, self.images)
-        if sh: raise ValueError(f'sh is {sh}, but digits are not augmented: leave it out')
-        return mnist_dls(self.size, bs)[0]
+@patch
+def digest(self:Source,
+    recipe:Recipe, # how to train on these data
+) -> str: # 8 hexadecimal digits
+    "A short name for a recipe on these data."
+    return replace(recipe, data=self.name).digest(self.fingerprint)
+
+@patch
+def dls(self:Source,
+    bs:int, # batch size
+    sh:float=0., # largest share of an image that random erasing takes; 0 for none
+): # `DataLoaders`
+    "Fresh data loaders; seed before."
+    self.check_bs(bs)
+    if self.files is not None:
+        return image_dls(self.path, self.files, self.size, bs, self.workers, sh, self.images)
+    if sh: raise ValueError(f'sh is {sh}, but digits are not augmented: leave it out')
+    return mnist_dls(self.size, bs)[0]

@@ -174,6 +174,7 @@ class Plan:
     margin:float=None # points of accuracy within which two arms are equivalent; None where none is declared
     measures:tuple=() # what is compared, 'accuracy' and perhaps 'valid_loss'; empty where the file does not say
     profile:str=None # file of the arm `profile`; None where the file names none
+    launcher:str=None # who makes the runs: 'local' or 'ray'; None where the file does not say
 
     def named(self,
         arm:str, # as a file or a command line says it
@@ -200,7 +201,8 @@ def _parsed(file):
     except (toml.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
 
 def _check_keys(file, found):
-    known = [*sorted(o.name for o in fields(Recipe)), 'arms', 'seeds', 'margin', 'measures', 'profile', 'base']
+    more = 'arms seeds margin measures profile launcher base'.split()
+    known = [*sorted(o.name for o in fields(Recipe)), *more]
     for k in found:
         if k in known: continue
         near = get_close_matches(k, known, 1)
@@ -214,13 +216,14 @@ def _check_judging(file, margin, measures):
     if measures not in ([], ['accuracy'], ['accuracy', 'valid_loss']):
         raise ValueError(f"{file.name}: measures is {measures!r}: pass ['accuracy'] or ['accuracy', 'valid_loss']")
 
-# %% ../../nbs/api/30_bench.recipe.ipynb #6c36930b
+# %% ../../nbs/api/30_bench.recipe.ipynb #0e0e5aba
 def _over(below, above):
     "What `above` says goes before what `below` says; so does its network, whole."
     if above.get('model'): below = {k: v for k,v in below.items() if k not in _network}
     elif above.keys() & {*_network}: below = {k: v for k,v in below.items() if k != 'model'}
     return below | above
 
+# %% ../../nbs/api/30_bench.recipe.ipynb #6c36930b
 def read_recipe(
     file:str, # a TOML file
 ) -> Plan:
@@ -246,10 +249,13 @@ def read_recipe(
     if not isinstance(profile, (str, type(None))):
         raise TypeError(f'{file.name}: profile is {profile!r}: pass the name of a file beside it')
     profile = str(file.parent/profile) if profile else below.profile
+    launcher = found.pop('launcher', below.launcher)
+    if launcher not in (None, 'local', 'ray'):
+        raise ValueError(f"{file.name}: launcher is {launcher!r}: pass 'local' or 'ray'")
     recipe = _over(below.recipe, found)
     try: Recipe(**recipe)
     except (TypeError, ValueError) as e: raise type(e)(f'{file.name}: {e}') from e
-    return Plan(recipe, tuple(arms), seeds, margin, tuple(measures), profile)
+    return Plan(recipe, tuple(arms), seeds, margin, tuple(measures), profile, launcher)
 
 small = Plan(dict(model='learned_relu.bench.small:small_net', size=14, epochs=6), seeds=12, margin=.5,
              measures=('accuracy', 'valid_loss')) # of the digits, where nobody says otherwise

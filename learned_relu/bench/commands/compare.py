@@ -11,6 +11,7 @@ __all__ = ['learned_relu_compare']
 from fastcore.script import call_parse
 
 from ..arms import Arm
+from ..launch import find_launcher
 from .options import one_line_errors, out_dir, recipe_options, run_arms
 from ..recipe import planned
 
@@ -27,6 +28,11 @@ def learned_relu_compare(
     skip_unreadable:bool=False, # leave out images that cannot be read
     workers:int=2, # processes that load images
     cache:bool=True, # decode images once, into a file that later runs share, or, with --no-cache, each time
+    launcher:str=None, # who makes the runs: 'local', one after another, or 'ray', on many machines; 'local' by default
+    address:str=None, # of Ray: of the head of a cluster, or 'auto'; by default a Ray of its own on this machine
+    gpus_per_run:float=None, # of Ray: 0, a fraction of 1, or a whole number; 1 by default where machines have GPUs
+    cpus_per_run:int=None, # of Ray, and the threads of a run; 1 by default
+    kind:str=None, # of Ray: words of the kind of machines that is meant, where there are several
     **kwargs
 ):
     "Compare activations: train each arm with each seed, paired, and report."
@@ -39,4 +45,6 @@ def learned_relu_compare(
         if not names: raise ValueError('arms is empty: name one at least, for example --arms relu,learned')
         chosen = [Arm(plan.named(o)) for o in dict.fromkeys(names)]
         to = out or out_dir(recipe, how.data)
-        run_arms(chosen, list(range(n)), how, to, skip_unreadable, workers, cache, plan.judging)
+        ray = dict(address=address, gpus_per_run=gpus_per_run, cpus_per_run=cpus_per_run, kind=kind)
+        launch = find_launcher(launcher or plan.launcher or 'local', to, **ray)
+        run_arms(chosen, list(range(n)), how, to, skip_unreadable, workers, cache, plan.judging, launch)

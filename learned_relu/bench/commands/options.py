@@ -20,6 +20,7 @@ from fastcore.script import bool_arg
 from ..compare import compare
 from ..data import Source
 from ..distributed import first
+from ..launch import one_after_another
 from ..model import find_model
 from ..recipe import Recipe
 
@@ -69,10 +70,11 @@ def run_arms(
     workers:int=2, # processes that load images
     cache:bool=True, # decode all images once, into a file that later runs share
     judging:dict=None, # what was declared about judging, as `Plan.judging`
+    launch=one_after_another, # who makes the runs: a launcher
 ):
     "Train, report, and say where; an interrupt says how to go on."
     with kept_in(out):
         if recipe.model: find_model(recipe.model) # before images are looked for
         source = Source(recipe.data, recipe.size, recipe.source, skip_unreadable, workers, cache)
-        text = compare(arms, seeds, source, replace(recipe, data=source.asked), out, judging)
+        text = compare(arms, seeds, source, replace(recipe, data=source.asked), out, judging, launch)
     if first(): print(f'{text}\n\n{Path(out)/"table.csv"}\n{Path(out)/"report.html"}')
