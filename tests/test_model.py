@@ -173,21 +173,21 @@ def command(cwd, *args):
 
 
 def test_a_network_beside_the_shell_is_compared_and_an_edited_one_is_another(images, tmp_path, monkeypatch, capsys):
-    (tmp_path/'mymodel.py').write_text(ODD)
-    args = '--data', images, '--model', 'mymodel:net', '--size', 16, '--bs', 8, '--epochs', 1, '--seeds', 2, '--arms', 'relu,prelu', '--out', 'o'
+    (tmp_path/'netbeside.py').write_text(ODD)
+    args = '--data', images, '--model', 'netbeside:net', '--size', 16, '--bs', 8, '--epochs', 1, '--seeds', 2, '--arms', 'relu,prelu', '--out', 'o'
     done = command(tmp_path, *args)
     assert done.returncode == 0, done.stderr
     files = sorted((tmp_path/'o'/'records').glob('*.json'))
     records = {(r['arm'], r['seed']): r for r in map(read_record, files)}
     assert len(records) == 4 and all(records['relu', o]['pair'] == records['prelu', o]['pair'] for o in (0, 1))
     said, = {r['recipe']['model'] for r in records.values()}
-    assert re.fullmatch('mymodel:net@[0-9a-f]{8}', said) and {r['recipe']['arch'] for r in records.values()} == {''}
+    assert re.fullmatch('netbeside:net@[0-9a-f]{8}', said) and {r['recipe']['arch'] for r in records.values()} == {''}
     assert str(tmp_path) not in json.dumps(list(records.values())) and f'noise: {said}' in (tmp_path/'o'/'report.html').read_text()
     r = records['relu', 0]
     assert replace(Recipe(**r['recipe']), data=r['data']['name']).digest(r['data']['fingerprint']) == r['digest']
-    (tmp_path/'mymodel.py').write_text(ODD.replace('(2, 3)', '(3, 2)'))
+    (tmp_path/'netbeside.py').write_text(ODD.replace('(2, 3)', '(3, 2)'))
     monkeypatch.chdir(tmp_path)
-    learned_relu_compare(data=str(images), model='mymodel:net', size=16, bs=8, epochs=1, seeds=2, arms='relu,prelu', out='o')
+    learned_relu_compare(data=str(images), model='netbeside:net', size=16, bs=8, epochs=1, seeds=2, arms='relu,prelu', out='o')
     assert 'finished before' not in capsys.readouterr().out
     assert len(list((tmp_path/'o'/'records').glob('*.json'))) == 8
 

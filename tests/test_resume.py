@@ -24,7 +24,8 @@ from learned_relu.bench.run import train_run
 from learned_relu.callback.clamp import ClampActParams
 
 ARM = 'learned+averages+freeze'
-ALL = dict(epochs=4, size=16, bs=8, opt='ranger', mixup=.4, sh=.2, smoothing=.1) # every kind of random draw there is
+SMALL = dict(data='noise', model='learned_relu.bench.small:small_net', size=16, bs=8)
+ALL = SMALL | dict(epochs=4, opt='ranger', mixup=.4, sh=.2, smoothing=.1) # every kind of random draw there is
 
 
 def ended(record):
@@ -43,7 +44,7 @@ def killed_after(monkeypatch, epochs):
 
 @pytest.mark.parametrize('schedule,epochs', [('one_cycle', 3), ('flat_cos', 1)]) # before and after freezing, which comes at half
 def test_an_interrupted_run_ends_bit_for_bit_as_if_nothing_had_been(images, tmp_path, monkeypatch, schedule, epochs):
-    recipe, source, file = Recipe(data='noise', schedule=schedule, **ALL), Source(images, 16), tmp_path/'run.pt'
+    recipe, source, file = Recipe(schedule=schedule, **ALL), Source(images, 16), tmp_path/'run.pt'
     whole = train_run(Arm(ARM), 0, recipe, source)
     with monkeypatch.context() as m:
         killed_after(m, epochs)
@@ -57,7 +58,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_nothing_had_been(images, tmp_
 @pytest.mark.parametrize('change', [lambda o: o.pop('freeze_act_params'), lambda o: o['act_telemetry'].pop('start')],
                          ids=['all', 'some'])
 def test_a_checkpoint_of_another_version_is_named_before_any_training(images, tmp_path, monkeypatch, change):
-    recipe, source, file = Recipe(data='noise', **ALL), Source(images, 16), tmp_path/'run.pt'
+    recipe, source, file = Recipe(**ALL), Source(images, 16), tmp_path/'run.pt'
     with monkeypatch.context() as m:
         killed_after(m, 1)
         with pytest.raises(KeyboardInterrupt): train_run(Arm(ARM), 0, recipe, source, checkpoint=file)
@@ -70,7 +71,7 @@ def test_a_checkpoint_of_another_version_is_named_before_any_training(images, tm
 
 
 def test_interrupted_twice(images, tmp_path, monkeypatch):
-    recipe, source, file = Recipe(data='noise', **ALL), Source(images, 16), tmp_path/'run.pt'
+    recipe, source, file = Recipe(**ALL), Source(images, 16), tmp_path/'run.pt'
     for n in 1, 2:
         with monkeypatch.context() as m:
             killed_after(m, n)
@@ -81,7 +82,7 @@ def test_interrupted_twice(images, tmp_path, monkeypatch):
 
 def test_killed_within_an_epoch_by_the_system(images, tmp_path):
     cmd = Path(sys.executable).with_name('learned_relu_compare'), '--data', images, \
-        *f'--size 16 --bs 8 --epochs 3 --seeds 1 --arms {ARM} --out'.split()
+        *f'--model {SMALL["model"]} --size 16 --bs 8 --epochs 3 --seeds 1 --arms {ARM} --out'.split()
     env = os.environ | dict(PYTHONUNBUFFERED='1')
     def start(out): return subprocess.Popen([*map(str, cmd), out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
     child, said = start(tmp_path/'a'), b''
@@ -122,7 +123,7 @@ def checkpoint(tmp_path, images, monkeypatch, arm='relu'):
     file = tmp_path/'run.pt'
     with monkeypatch.context() as m:
         killed_after(m, 1)
-        recipe = Recipe(data='noise', size=16, bs=8, epochs=2)
+        recipe = Recipe(**SMALL, epochs=2)
         with pytest.raises(KeyboardInterrupt): train_run(Arm(arm), 0, recipe, Source(images, 16), checkpoint=file)
     return file
 
@@ -131,7 +132,7 @@ def checkpoint(tmp_path, images, monkeypatch, arm='relu'):
 def test_a_checkpoint_of_another_run_is_refused(images, tmp_path, monkeypatch, change):
     file = checkpoint(tmp_path, images, monkeypatch)
     before = file.read_bytes()
-    recipe = Recipe(data='noise', size=16, bs=8, epochs=2, lr=change.get('lr', Recipe.lr))
+    recipe = Recipe(**SMALL, epochs=2, lr=change.get('lr', Recipe.lr))
     with pytest.raises(ValueError, match='run.pt is the checkpoint of another run'):
         train_run(Arm(change.get('arm', 'relu')), change.get('seed', 0), recipe, Source(images, 16), checkpoint=file)
     assert file.read_bytes() == before
@@ -142,7 +143,7 @@ def test_a_broken_checkpoint_is_named(images, tmp_path, monkeypatch, content):
     file = checkpoint(tmp_path, images, monkeypatch)
     file.write_bytes(file.read_bytes()[:1000] if content is None else content)
     with pytest.raises(ValueError, match='run.pt cannot be read as a checkpoint'):
-        train_run(Arm('relu'), 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
+        train_run(Arm('relu'), 0, Recipe(**SMALL, epochs=2), Source(images, 16), checkpoint=file)
 
 
 def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -154,7 +155,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path, monkeypatch)
     def half(state, tmp): Path(tmp).write_bytes(b'half'); raise RuntimeError('PytorchStreamWriter failed writing file') # as torch.save does
     monkeypatch.setattr(torch, 'save', half)
     with pytest.raises(ValueError, match='run.pt cannot be written .* free some space'):
-        train_run(Arm('relu'), 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16), checkpoint=file)
+        train_run(Arm('relu'), 0, Recipe(**SMALL, epochs=2), Source(images, 16), checkpoint=file)
     assert file.read_bytes() == before and [o.name for o in tmp_path.iterdir()] == ['run.pt']
 
 
@@ -168,7 +169,7 @@ def test_a_full_disk_within_a_run_is_one_line_too(images, tmp_path, monkeypatch)
 def test_another_number_of_workers_is_another_run(images, tmp_path, monkeypatch):
     file = checkpoint(tmp_path, images, monkeypatch)
     with pytest.raises(ValueError, match="is the checkpoint of another run, .*'workers': 2.*'workers': 0"):
-        train_run(Arm('relu'), 0, Recipe(data='noise', size=16, bs=8, epochs=2), Source(images, 16, workers=0), checkpoint=file)
+        train_run(Arm('relu'), 0, Recipe(**SMALL, epochs=2), Source(images, 16, workers=0), checkpoint=file)
 
 
 def test_the_scaler_of_mixed_precision_is_gone_after_the_fit():
@@ -182,7 +183,7 @@ def test_the_scaler_of_mixed_precision_is_gone_after_the_fit():
 
 def test_what_a_killed_process_left_of_its_checkpoint_goes_with_the_next(images, tmp_path):
     (tmp_path/'run.pt.77.tmp').touch(); (tmp_path/'other.pt.77.tmp').touch()
-    train_run(Arm('relu'), 0, Recipe(data='noise', size=16, bs=8), Source(images, 16), checkpoint=tmp_path/'run.pt')
+    train_run(Arm('relu'), 0, Recipe(**SMALL), Source(images, 16), checkpoint=tmp_path/'run.pt')
     assert sorted(o.name for o in tmp_path.iterdir()) == ['other.pt.77.tmp', 'run.pt']
 
 
