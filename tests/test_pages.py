@@ -5,10 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 from fastcore.nbio import read_nb
 from fastcore.script import anno_parser
 from PIL import Image
+from ray.scripts.scripts import cli
 
 from learned_relu.bench.arms import Arm
 from learned_relu.bench.commands.compare import learned_relu_compare
@@ -65,10 +67,18 @@ def test_code_in_the_prose_is_for_a_shell(): # all other code is in cells, which
     assert {o for text in PROSE.values() for o in re.findall(r'^(?:```|~~~)(\S*)', text, flags=re.M)} == {'sh', ''} and len(SHOWN) >= 7
 
 
+def parsed_by_ray(words):
+    command, args = cli, words[1:]
+    while isinstance(command, click.Group): command = command.commands[args.pop(0)]
+    command.make_context(words[0], args)
+
+
 @pytest.mark.parametrize('name,line', SHOWN)
 def test_a_command_in_the_prose_can_be_given(name, line):
     words = [o.removeprefix('.venv/bin/') for o in shlex.split(line.split('&&')[-1])]
     if words == ['python', '-m', 'pytest']: return # what .ci/run runs
+    if words[0] == 'ray': parsed_by_ray(words)
+    if words[0] == 'ray' and '--' not in words: return
     command = next(o for o in words if o in COMMANDS)
     args = vars(anno_parser(COMMANDS[command], command).parse_args(words[words.index(command) + 1:]))
     if args.get('recipe'): read_recipe(PAGES[0].parents[2]/args['recipe'])

@@ -27,7 +27,7 @@ from learned_relu.bench.recipe import Recipe
 ray = pytest.importorskip('ray')
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from learned_relu.bench.on_ray import _alive, on_ray  # noqa: E402
+from learned_relu.bench.on_ray import _alive, _check_answers, on_ray  # noqa: E402
 
 NET = 'learned_relu.bench.small:small_net'
 HOW = Recipe(model=NET, size=8, bs=100, epochs=6)
@@ -42,7 +42,7 @@ def source(): return Source('mnist', 8)
 @pytest.fixture(scope='module')
 def cluster():
     "A head that takes no run, and two nodes of one core each"
-    os.environ['RAY_worker_niceness'] = '0'  # beside other tests
+    os.environ |= dict(RAY_worker_niceness='0', RAY_memory_monitor_refresh_ms='0')  # beside other tests
     made = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, node_name='head'))
     made.ours = [made.add_node(num_cpus=1, node_name=o) for o in ('north', 'south')]
     ray.init(made.address, log_to_driver=False, logging_level=40)
@@ -163,7 +163,7 @@ def test_a_driver_that_is_killed_loses_only_what_ran(cluster, local, tmp_path, n
     done = command(tmp_path, '--address', cluster.address)
     out, err = done.communicate()
     assert not done.returncode and not err and ends(tmp_path) == ends(local)
-    assert not [o for o in left(tmp_path) if not o.startswith('.token')]
+    assert not left(tmp_path)
 
 
 def test_a_ray_of_its_own_says_nothing_and_an_interrupt_how_to_go_on(local, tmp_path):
@@ -278,6 +278,12 @@ def test_more_than_any_node_has(cluster, source, tmp_path):
 def test_options_that_cannot_be_are_refused_before_anything_is_looked_for(tmp_path, options, words):
     with pytest.raises(SystemExit, match=re.escape(words)): learned_relu_compare(data='nowhere', out=tmp_path/'o', **options)
     assert not (tmp_path/'o').exists()
+
+
+@pytest.mark.parametrize('address', ['127.0.0.1:1', 'north', 'nowhere.invalid:6379'])
+def test_an_address_where_nothing_answers_is_said_at_once(address):
+    with pytest.raises(ValueError, match=f"address is '{address}', where nothing answers .*: pass auto, or host and port"):
+        _check_answers(address)
 
 
 def test_a_recipe_file_may_name_the_launcher(tmp_path):

@@ -11,6 +11,7 @@ __all__ = ['ray_options', 'on_ray']
 import logging
 import math
 import os
+import socket
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,14 @@ def ray_options(
     return dict(address=address, gpus=g, cpus=cpus_per_run, kind=kind)
 
 # %% ../../nbs/api/34_bench.on_ray.ipynb #a441e3f2
+def _check_answers(address):
+    "Ray itself would wait for minutes."
+    host,_,port = address.rpartition(':')
+    try: socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as e:
+        raise ValueError(f'address is {address!r}, where nothing answers ({e}): pass auto, or host and port of the '
+                         'head, as ray start --head says them') from e
+
 @contextmanager
 def _connected(address):
     "Within, a Ray is there: the one that was, the one at `address`, or one of its own on this machine."
@@ -56,12 +65,13 @@ def _connected(address):
         yield
         return
     address = address or os.environ.get('RAY_ADDRESS') # which a submitted job is given
+    if address not in (None, 'auto'): _check_answers(address)
     own = dict(num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
                include_dashboard=False, object_store_memory=10**8) # since nothing large goes through it
     try: ray.init(address or 'local', log_to_driver=False, logging_level=logging.ERROR, **({} if address else own))
     except (RayError, RuntimeError, OSError, ValueError) as e:
-        raise ValueError(f'address is {address!r}, where no Ray can be reached ({said(e)}): start one with '
-                         'ray start --head, or leave address out') from e
+        raise ValueError(f'address is {address!r}, and no Ray is there ({said(e)}): start one with ray start --head, '
+                         'or leave address out') from e
     try: yield
     finally: ray.shutdown()
 
@@ -98,7 +108,7 @@ class _Nodes:
         self.names = _names(alive) | self.names # which stay what they were
         for k in (k for k in new if _places(alive[k], self.cpus, self.gpus)):
             task = self._look.options(num_cpus=self.cpus, num_gpus=self.gpus, label_selector=_only([k]))
-            self.asked[task.remote(self.payload, self.out, self.token, self.names[k])] = k
+            self.asked[task.remote(self.payload, self.out, self.token, k)] = k
 
     def answer(self, ref): # in words, what is wrong with a node; None where nothing is
         "Note what a node said."
@@ -109,7 +119,7 @@ class _Nodes:
         if node not in _alive(): return
         self.kinds[node] = res.get('kind')
         if res['wrong']: return f'node {name}: {res["wrong"]}'
-        if token(self.out, f'{self.token}-{name}').exists(): return
+        if token(self.out, f'{self.token}-{node}').exists(): return
         return f'node {name}: what it writes to {self.out} is not seen here: let out be a directory that all share'
 
     def fit(self):
@@ -120,6 +130,7 @@ class _Nodes:
         "How many runs can be made at once."
         return sum(_places(o, self.cpus, self.gpus) for k,o in _alive().items() if k in self.fit())
 
+# %% ../../nbs/api/34_bench.on_ray.ipynb #f1257100
 def _first_look(nodes, kind):
     "Look at all nodes before anything is trained."
     nodes.ask()
@@ -184,6 +195,21 @@ class _Tasks:
         self.running.pop(ref)
         ray.cancel(ref, force=True)
 
+# %% ../../nbs/api/34_bench.on_ray.ipynb #0ff00002
+def _made(tasks, nodes):
+    "Go on until every run is made."
+    while tasks.waiting or tasks.running:
+        nodes.ask()
+        tasks.start()
+        if not (tasks.running or nodes.asked):
+            raise ValueError('no node is left to make runs on: finished runs and epochs are kept, and the same command '
+                             'goes on when there is one')
+        ready,_ = ray.wait([*tasks.running, *nodes.asked], timeout=1)
+        for ref in [o for o in ready if o in nodes.asked]:
+            wrong = nodes.answer(ref)
+            if wrong: yield 'said', None, f'{wrong}. It is left out'
+        yield from tasks.events([o for o in ready if o in tasks.running])
+
 def on_ray(
     runs:list, # each a `Run`, whose checkpoint lies in `out`
     recipe:Recipe, # how to train
@@ -207,18 +233,4 @@ def on_ray(
             yield from _made(tasks, nodes)
         finally:
             for ref in list(tasks.running) if tasks else (): tasks.drop(ref)
-            for o in Path(out).glob(f'.token-{nodes.token}*'): o.unlink(missing_ok=True)
-
-def _made(tasks, nodes):
-    "Go on until every run is made."
-    while tasks.waiting or tasks.running:
-        nodes.ask()
-        tasks.start()
-        if not (tasks.running or nodes.asked):
-            raise ValueError('no node is left to make runs on: finished runs and epochs are kept, and the same command '
-                             'goes on when there is one')
-        ready,_ = ray.wait([*tasks.running, *nodes.asked], timeout=1)
-        for ref in [o for o in ready if o in nodes.asked]:
-            wrong = nodes.answer(ref)
-            if wrong: yield 'said', None, f'{wrong}. It is left out'
-        yield from tasks.events([o for o in ready if o in tasks.running])
+            for o in Path(out).glob('.token-*'): o.unlink(missing_ok=True)
