@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -27,7 +28,7 @@ from learned_relu.bench.recipe import Recipe
 ray = pytest.importorskip('ray')
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from learned_relu.bench.on_ray import _alive, _check_answers, on_ray  # noqa: E402
+from learned_relu.bench.on_ray import _alive, _check_answers, _interrupts, _made, on_ray  # noqa: E402
 
 NET = 'learned_relu.bench.small:small_net'
 HOW = Recipe(model=NET, size=8, bs=100, epochs=6)
@@ -158,7 +159,7 @@ def test_a_driver_that_is_killed_loses_only_what_ran(cluster, local, tmp_path, n
         time.sleep(rng.uniform(0, 6))
         kept = ends(tmp_path)
         one.kill()
-        one.wait()
+        one.communicate()
         for k, v in kept.items(): assert ends(tmp_path)[k] == v == ends(local)[k]
     done = command(tmp_path, '--address', cluster.address)
     out, err = done.communicate()
@@ -174,6 +175,13 @@ def test_a_ray_of_its_own_says_nothing_and_an_interrupt_how_to_go_on(local, tmp_
     assert one.returncode == 1 and err.strip().startswith('stopped: finished runs and epochs are kept in') and len(err.splitlines()) == 1
     assert all(re.match(r'run \d/2: ', o) for o in out.splitlines()), out
     assert not [o for o in left(tmp_path) if not o.endswith('.pt')]
+
+
+def test_an_interrupt_that_a_callback_swallowed_is_raised_again():
+    with _interrupts() as heard:
+        try: os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt: pass
+        with pytest.raises(KeyboardInterrupt): next(_made(SimpleNamespace(waiting=[0], running={}), None, heard))
 
 
 # what stands in the way

@@ -11,7 +11,9 @@ __all__ = ['ray_options', 'on_ray']
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ for k,v in dict(RAY_USAGE_STATS_ENABLED='0', RAY_DEDUP_LOGS_SKIP_REGEX='.').item
     os.environ.setdefault(k, v) # nothing is sent home, and nothing between our lines
 try:
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import NodeDiedError, RayError
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as e: raise ImportError('Runs on several machines need Ray: pip install "learned_relu[ray]"') from e
@@ -115,6 +117,7 @@ class _Nodes:
         node = self.asked.pop(ref)
         name = self.names[node]
         try: res = ray.get(ref)
+        except NodeDiedError: return # which is nobody's fault
         except RayError as e: res = dict(wrong=f'learned_relu cannot run there ({said(e)}): install it as it is here')
         if node not in _alive(): return
         self.kinds[node] = res.get('kind')
@@ -196,9 +199,23 @@ class _Tasks:
         ray.cancel(ref, force=True)
 
 # %% ../../nbs/api/34_bench.on_ray.ipynb #0ff00002
-def _made(tasks, nodes):
+@contextmanager
+def _interrupts():
+    "Count them: where one is raised within a callback of Ray it is lost, so who counts has to raise it again."
+    heard = []
+    def hear(*args):
+        heard.append(args)
+        raise KeyboardInterrupt
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, hear) if main else None
+    try: yield heard
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
+
+def _made(tasks, nodes, heard):
     "Go on until every run is made."
     while tasks.waiting or tasks.running:
+        if heard: raise KeyboardInterrupt
         nodes.ask()
         tasks.start()
         if not (tasks.running or nodes.asked):
@@ -210,6 +227,7 @@ def _made(tasks, nodes):
             if wrong: yield 'said', None, f'{wrong}. It is left out'
         yield from tasks.events([o for o in ready if o in tasks.running])
 
+# %% ../../nbs/api/34_bench.on_ray.ipynb #0ff00003
 def on_ray(
     runs:list, # each a `Run`, whose checkpoint lies in `out`
     recipe:Recipe, # how to train
@@ -230,7 +248,7 @@ def on_ray(
         try:
             for o in _first_look(nodes, kind): yield 'said', None, o
             tasks = _Tasks(runs, recipe, source, nodes)
-            yield from _made(tasks, nodes)
+            with _interrupts() as heard: yield from _made(tasks, nodes, heard)
         finally:
             for ref in list(tasks.running) if tasks else (): tasks.drop(ref)
             for o in Path(out).glob('.token-*'): o.unlink(missing_ok=True)
