@@ -22,13 +22,13 @@ from learned_relu.bench.arms import Arm
 from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.compare import compare
 from learned_relu.bench.data import Source
-from learned_relu.bench.node import _on_processes, packed, token
+from learned_relu.bench.node import _on_processes, packed, token, unpacked
 from learned_relu.bench.recipe import Recipe
 
 ray = pytest.importorskip('ray')
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from learned_relu.bench.on_ray import _alive, _check_answers, _interrupts, _made, on_ray  # noqa: E402
+from learned_relu.bench.on_ray import _alive, _check_answers, _interrupts, _made, _Nodes, on_ray  # noqa: E402
 
 NET = 'learned_relu.bench.small:small_net'
 HOW = Recipe(model=NET, size=8, bs=100, epochs=6)
@@ -43,13 +43,14 @@ def source(): return Source('mnist', 8)
 @pytest.fixture(scope='module')
 def cluster():
     "A head that takes no run, and two nodes of one core each"
-    os.environ |= dict(RAY_worker_niceness='0', RAY_memory_monitor_refresh_ms='0')  # beside other tests
-    made = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, node_name='head'))
-    made.ours = [made.add_node(num_cpus=1, node_name=o) for o in ('north', 'south')]
-    ray.init(made.address, log_to_driver=False, logging_level=40)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as m:
+        for k in 'RAY_worker_niceness', 'RAY_memory_monitor_refresh_ms': m.setenv(k, '0')  # beside other tests
+        made = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, node_name='head'))
+        made.ours = [made.add_node(num_cpus=1, node_name=o) for o in ('north', 'south')]
+        ray.init(made.address, log_to_driver=False, logging_level=40)
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 def made(out, source, launch=None, arms=ARMS, seeds=SEEDS, how=HOW):
@@ -268,6 +269,26 @@ def test_what_stands_in_the_way_of_a_node_is_a_sentence(images, source, tmp_path
             f'{out}/cache/learned_relu/images has 0.0 MB free, but the decoded images take',
             "ModuleNotFoundError: No module named 'nowhere'"]
     for line, words in zip(done.stdout.splitlines(), want, strict=True): assert line.startswith(words), line
+
+
+def test_a_node_that_sees_another_directory_takes_no_part(cluster, tmp_path):
+    ref, node = ray.put(dict(kind='a kind', wrong=None)), next(iter(_alive()))
+    nodes = SimpleNamespace(asked={ref: node}, names={node: 'north'}, kinds={}, out=tmp_path, token='t')
+    assert _Nodes.answer(nodes, ref).startswith(f'node north: what it writes to {tmp_path} is not seen here') and not nodes.kinds
+    token(tmp_path, f't-{node}').touch()
+    nodes.asked[ref] = node
+    assert _Nodes.answer(nodes, ref) is None and nodes.kinds == {node: 'a kind'}
+
+
+def test_a_module_of_the_directory_that_the_command_was_given_in_is_found(tmp_path, monkeypatch):
+    (tmp_path/'beside_the_command.py').write_text('from torch import nn\nclass Mine(nn.ReLU): pass\n')
+    with monkeypatch.context() as m:
+        m.chdir(tmp_path)
+        m.syspath_prepend(tmp_path)
+        payload = packed(Arm('beside_the_command.Mine'))
+    monkeypatch.delitem(sys.modules, 'beside_the_command')
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    assert str(tmp_path) not in sys.path and unpacked(payload).name == 'beside_the_command.Mine'
 
 
 def test_more_than_any_node_has(cluster, source, tmp_path):

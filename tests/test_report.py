@@ -446,9 +446,13 @@ def test_a_report_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch):
 def contents(path): return {o.relative_to(path).as_posix(): o.read_bytes() for o in sorted(Path(path).rglob('*')) if o.is_file()}
 
 
-def test_the_command_twice_writes_the_same_and_nothing_into_the_records(tmp_path, capsys):
+ALL = sorted(o for o in REAL.iterdir() if o.is_dir())
+
+
+@pytest.mark.parametrize('folders', [(DIGITS, WOOF), pytest.param(ALL, marks=pytest.mark.slow)], ids=['two', 'all'])
+def test_the_command_twice_writes_the_same_and_nothing_into_the_records(folders, tmp_path, capsys):
     both = tmp_path/'both' # as in a folder of one's own, where a timing lies beside trainings
-    for o in DIGITS, WOOF: shutil.copytree(o, both/o.name)
+    for o in folders: shutil.copytree(o, both/o.name)
     shutil.copytree(REAL.with_name('speed')/'2026-11-21-speed-2-cores', both/'2026-11-21-speed-2-cores')
     before = contents(both)
     for o in 'ab': learned_relu_report(both, out=tmp_path/o)

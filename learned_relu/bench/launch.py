@@ -17,7 +17,7 @@ from fastai.torch_core import num_distrib
 
 from .arms import Arm
 from .data import Source
-from .recipe import Recipe
+from .recipe import Recipe, launchers
 from .run import train_run
 
 # %% ../../nbs/api/34_bench.launch.ipynb #6ca27560
@@ -52,7 +52,7 @@ def find_launcher(
                              'torchrun or accelerate')
         from learned_relu.bench.on_ray import on_ray, ray_options # which needs Ray
         return partial(on_ray, out=out, **ray_options(**given))
-    if name != 'local': raise ValueError(f"launcher is {name!r}: pass 'local' or 'ray'")
+    if name not in launchers: raise ValueError(f'launcher is {name!r}: pass {" or ".join(map(repr, launchers))}')
     if given:
         k,v = next(iter(given.items()))
         raise ValueError(f"{k} is {v!r}, which is for Ray: pass launcher='ray' as well, or leave it out")

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .distributed import first
+from .model import raised
 from .record import made_by
 from .run import train_run
 
@@ -91,8 +92,7 @@ def said(
     e:Exception, # any
 ) -> str: # one line
     "What went wrong: our own sentences as they are, others with their kind."
-    text = str(e).rpartition('\n\t')[2] # which is where fastai puts what a callback raised
-    line = (text.splitlines() or [''])[0]
+    line = (raised(e).splitlines() or [''])[0]
     return line if line and type(e) in (ValueError, TypeError) else f'{type(e).__name__}: {line}'
 
 # %% ../../nbs/api/33_bench.node.ipynb #89844d7a

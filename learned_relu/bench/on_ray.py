@@ -120,18 +120,14 @@ class _Nodes:
         except NodeDiedError: return # which is nobody's fault
         except RayError as e: res = dict(wrong=f'learned_relu cannot run there ({said(e)}): install it as it is here')
         if node not in _alive(): return
-        self.kinds[node] = res.get('kind')
         if res['wrong']: return f'node {name}: {res["wrong"]}'
-        if token(self.out, f'{self.token}-{node}').exists(): return
-        return f'node {name}: what it writes to {self.out} is not seen here: let out be a directory that all share'
+        if not token(self.out, f'{self.token}-{node}').exists():
+            return f'node {name}: what it writes to {self.out} is not seen here: let out be a directory that all share'
+        self.kinds[node] = res['kind']
 
     def fit(self):
-        "Nodes that are there and of the kind that is meant."
-        return [k for k in _alive() if self.kinds.get(k) == self.kind]
-
-    def places(self):
-        "How many runs can be made at once."
-        return sum(_places(o, self.cpus, self.gpus) for k,o in _alive().items() if k in self.fit())
+        "Of the nodes that are there, those of the kind that is meant, with how many runs each holds at once."
+        return {k: _places(o, self.cpus, self.gpus) for k,o in _alive().items() if self.kinds.get(k) == self.kind}
 
 # %% ../../nbs/api/34_bench.on_ray.ipynb #f1257100
 def _first_look(nodes, kind):
@@ -173,10 +169,10 @@ class _Tasks:
         "Start as many as there is room for; runs whose nodes are all gone start again."
         fit = self.nodes.fit()
         for ref,(i,where) in list(self.running.items()):
-            if where & _alive().keys(): continue
+            if where & fit.keys(): continue
             self.drop(ref)
             self.waiting.appendleft(i)
-        while self.waiting and len(self.running) < self.nodes.places():
+        while self.waiting and len(self.running) < sum(fit.values()):
             i = self.waiting.popleft()
             o = self.runs[i]
             payload = packed((o.arm, o.seed, self.recipe, self.source, o.checkpoint.absolute()))
@@ -246,9 +242,10 @@ def on_ray(
         token(out, nodes.token).write_text(nodes.token, encoding='utf-8')
         tasks = None
         try:
-            for o in _first_look(nodes, kind): yield 'said', None, o
-            tasks = _Tasks(runs, recipe, source, nodes)
-            with _interrupts() as heard: yield from _made(tasks, nodes, heard)
+            with _interrupts() as heard:
+                for o in _first_look(nodes, kind): yield 'said', None, o
+                tasks = _Tasks(runs, recipe, source, nodes)
+                yield from _made(tasks, nodes, heard)
         finally:
             for ref in list(tasks.running) if tasks else (): tasks.drop(ref)
             for o in Path(out).glob('.token-*'): o.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from ..compare import compare
 from ..data import Source
 from ..distributed import first
 from ..launch import one_after_another
-from ..model import find_model
+from ..model import find_model, raised
 from ..recipe import Recipe
 
 # %% ../../../nbs/api/36_bench.commands.options.ipynb #ecf38ab1
@@ -50,7 +50,7 @@ def out_dir(
 def one_line_errors():
     "End the process with one line where something that was asked for cannot be."
     try: yield
-    except (ValueError, TypeError, ImportError) as e: sys.exit('error: ' + str(e).rpartition('\n\t')[2])
+    except (ValueError, TypeError, ImportError) as e: sys.exit(f'error: {raised(e)}')
 
 @contextmanager
 def kept_in(
