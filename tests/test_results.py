@@ -1,5 +1,6 @@
 "Numbers that readers are told: each is computed from a record, and stored as it comes out today."
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from fastcore.nbio import read_nb
 from fastcore.xtras import working_directory
 
 from learned_relu.bench.commands.compare import learned_relu_compare
+from learned_relu.bench.data import mnist_dls
 
 REPO = Path(__file__).parents[1]
 PAGES = [REPO/'nbs'/o for o in ('index.ipynb', 'results.ipynb')]
@@ -58,6 +60,11 @@ def test_records_lie_where_they_belong_and_their_index_is_current():
     for o in folders:
         assert re.fullmatch(r'\d{4}-\d\d-\d\d-[a-z0-9-]+', o.name) and (o/'README.md').is_file(), o
         assert (o.parent.name == 'accuracy') == (o/'records').is_dir() and not (o/'report.html').exists(), o
+
+
+def test_the_digits_are_those_of_the_records():
+    said = [json.loads(o.read_text(encoding='utf-8'))['data'] for o in (REPO/'benchmarks'/'records').glob('accuracy/*digits*/records/*.json')]
+    assert said and all(o == dict(name='mnist', fingerprint=mnist_dls()[1]) for o in said)
     assert len(folders) >= 16
 
 
