@@ -19,7 +19,7 @@ from .distributed import first
 from .launch import Run, one_after_another
 from .pairs import check_pairs
 from .recipe import Recipe
-from .record import in_use, read_record, record_name, records_dir, write_record
+from .record import in_use, read_runs, record_name, records_dir, write_record
 from .report import check_report, save_report
 from .trial import tried
 
@@ -99,12 +99,13 @@ def compare(
     path = records_dir(out)
     mark = source.digest(recipe)
     names = {(a, s): record_name(a.name, s, mark) for s in seeds for a in arms}
-    runs = {Run(a, s, Path(out, 'checkpoints', f'{Path(o).stem}.pt')): path/o for (a,s),o in names.items()}
+    runs = [Run(a, s, Path(out, 'checkpoints', f'{Path(o).stem}.pt')) for (a,s),o in names.items()]
     with in_use(out) if first() else nullcontext():
-        have = {o: read_record(f) for o,f in runs.items() if f.exists()}
-        others = [read_record(f) for f in sorted(path.glob(f'*-{mark}.json')) if f not in runs.values()]
+        there = read_runs(out, mark)
+        have = {o: there.pop((o.arm.name, o.seed)) for o in runs if (o.arm.name, o.seed) in there}
+        others = [*there.values()]
         Path(out, 'checkpoints').mkdir(exist_ok=True)
-        failed = _make_missing([*runs], have, others, recipe, source, path, judging, launch)
+        failed = _make_missing(runs, have, others, recipe, source, path, judging, launch)
         if not first(): return ''
         _remove_empty(Path(out, 'checkpoints'))
         text = save_report([*(have[o] for o in runs if o in have), *others], out) if have or others else ''

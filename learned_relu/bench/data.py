@@ -28,6 +28,7 @@ from fastcore.basics import patch
 from fasttransform.transform import Transform
 from torch.utils.data import TensorDataset
 
+from .._files import printable
 from .images import decode_images
 from .recipe import Recipe
 
@@ -155,7 +156,7 @@ class Source:
         found = find_images(data, which, skip_unreadable, skip_unreadable or not same)
         self.path,self.files,self.fingerprint = found
         _check_same(data, self.fingerprint, same)
-        self.name = self.path.resolve().name
+        self.name = printable(self.path.resolve().name)
         trained = [parent_label(o) for o in self.files if self.path/'train' in o.parents]
         self.n_train,self.n_out,self.c_in = len(trained),len(set(trained)),3 # images, classes, channels
         if data not in urls: self.asked = self.name

@@ -6,10 +6,11 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.record.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'commit', 'made_by', 'ran_on', 'records_dir', 'record_name', 'write_record', 'in_use', 'read_record',
-           'read_records']
+           'read_runs', 'read_records']
 
 # %% ../../nbs/api/31_bench.record.ipynb #8f92518f
 import json
+import math
 import os
 import platform
 import re
@@ -18,11 +19,13 @@ import tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
 import learned_relu
-from .._files import whole_file
+from .._files import printable, whole_file
+from .schema import check_record
 
 # %% ../../nbs/api/31_bench.record.ipynb #593d920b
 def commit() -> str: # None without git
@@ -84,8 +87,16 @@ def record_name(
     seed:int, # its seed
     digest:str, # of recipe and data
 ) -> str: # file name
-    "The file of one run."
-    return f'{re.sub(r"[^A-Za-z0-9.]+", "_", arm)}-seed{seed}-{digest}.json'
+    "The file of one run; `ValueError` for an arm whose name is too long for one."
+    name = f'{quote(arm, safe="+=")}-seed{seed}-{digest}.json'
+    if len(name) <= 230: return name # of 255, since a name to write to is longer
+    raise ValueError(f'arm is {arm!r}, which is too long for the name of a file: give it a shorter one')
+
+def _finite(o):
+    "Without NaN and infinity, for which JSON has no words."
+    if isinstance(o, dict): return {k: _finite(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple)): return [_finite(v) for v in o]
+    return None if isinstance(o, float) and not math.isfinite(o) else o
 
 def write_record(
     record:dict, # as `train_run` returns it
@@ -96,7 +107,8 @@ def write_record(
     if file.exists():
         raise ValueError(f'{file.name} is there already, and a record never changes: move it away to run again')
     try:
-        with whole_file(file, alone=True) as temp, open(temp, 'w', encoding='utf-8') as f: json.dump(record, f)
+        with whole_file(file, alone=True) as temp, open(temp, 'w', encoding='utf-8') as f:
+            json.dump(_finite(record), f, allow_nan=False)
     except OSError as e:
         raise ValueError(f'{file.name} cannot be written to {path} ({e.strerror}): '
                          'free some space, and the same command goes on') from e
@@ -123,35 +135,70 @@ def in_use(
         lock.release()
 
 # %% ../../nbs/api/31_bench.record.ipynb #8a33544a
-_needed = 'arm seed recipe data digest pair accuracy seconds_per_epoch versions hardware commit'.split()
+def _refuse(constant): raise ValueError(f'{constant} is no number of JSON')
+
+def _json(file):
+    try: return json.loads(file.read_text(encoding='utf-8'), parse_constant=_refuse)
+    except OSError as e: raise ValueError(f'{file.name} cannot be read ({e.strerror}): mend or move it') from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{file.name} is not JSON ({e}): move it away, and its run is made again') from e
+
+def _check_name(file, arm, seed, digest):
+    older = re.sub(r'[^A-Za-z0-9.]+', '_', arm)
+    name = record_name(arm, seed, digest)
+    if file.name in (name, f'{older}-seed{seed}-{digest}.json'): return
+    raise ValueError(f'{file.name} holds the run of {arm}, seed {seed}: call it {name}, or move it away')
+
+def _numbers(o):
+    "NaN again where `_finite` left nothing."
+    if isinstance(o, dict): return {k: _numbers(v) for k,v in o.items()}
+    return [_numbers(v) for v in o] if isinstance(o, list) else math.nan if o is None else o
+
+_measured = 'train_loss valid_loss activation averaged fixed telemetry'.split()
 
 def read_record(
     file:Path, # a record
 ) -> dict:
-    "Read a record; `ValueError` names one that is broken or of another format."
-    file = Path(file)
-    try: record = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise ValueError(f'{file.name} is not JSON ({e}): move it away, and its run is made again') from e
-    found = record.get('format') if isinstance(record, dict) else None
-    if found != FORMAT: raise ValueError(f'{file.name} has format {found}, this version reads {FORMAT}: '
-                                         'move it away, or read it with the version that wrote it')
-    return record
+    "Read a record and check it; `ValueError` names the file, what is wrong in it, and what to do."
+    try: return _read(Path(file))
+    except ValueError as e: raise ValueError(printable(str(e))) from e
 
-def _checked(file):
+def _read(file):
+    record = _json(file)
+    found = record.get('format') if isinstance(record, dict) else None
+    if found != FORMAT: raise ValueError(f'{file.name} has format {found!r:.40}, this version reads {FORMAT}: '
+                                         'move it away, or read it with the version that wrote it')
+    try: check_record(record)
+    except ValueError as e: raise ValueError(f'{file.name}: {e}. Move it away, and its run is made again') from None
+    _check_name(file, record['arm'], record['seed'], record['digest'])
+    return record | {k: _numbers(record[k]) for k in _measured if k in record}
+
+def _add(found, file):
+    "Read a record into what was found, by run."
     record = read_record(file)
-    lacks = [k for k in _needed if k not in record or k == 'accuracy' and not record[k]]
-    if lacks: raise ValueError(f'{file.name} has no {", ".join(lacks)}: move it away, and its run is made again')
-    return record
+    run = record['arm'],record['seed'],record['digest']
+    if run in found:
+        raise ValueError(f'{file.name} holds the run of {found[run][0].name} once more: move one of them away')
+    found[run] = file,record
+
+def read_runs(
+    folder:Path, # with `records/*.json`
+    digest:str, # of recipe and data
+) -> dict: # (arm, seed) -> record
+    "All records of one recipe; `ValueError` for one that cannot be read, or a run that is there twice."
+    found = {}
+    for file in sorted(Path(folder).glob(f'records/*-{digest}.json')): _add(found, file)
+    return {(arm, seed): record for (arm,seed,_),(_,record) in found.items()}
 
 def read_records(
     folder:Path, # a record folder, with `records/*.json`
 ) -> tuple: # digest -> records in the order in which they were made; messages about those that cannot be read
     "The records of a folder by digest, and what is wrong with the others."
-    found,wrong = [],[]
+    by_run,wrong = {},[]
     for file in sorted(Path(folder).glob('records/*.json')):
-        try: found.append(_checked(file))
-        except (ValueError, OSError) as e: wrong.append(f'{folder}: {e}')
+        try: _add(by_run, file)
+        except ValueError as e: wrong.append(f'{folder}: {e}')
+    found = [o for _,o in by_run.values()]
     found.sort(key=lambda r: r.get('began', ''))
     digests = dict.fromkeys(r['digest'] for r in found)
     return {k: [r for r in found if r['digest'] == k] for k in digests}, wrong

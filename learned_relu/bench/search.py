@@ -17,7 +17,7 @@ from .arms import Arm, arms
 from .compare import compare
 from .data import Source
 from .recipe import Recipe
-from .record import read_record, record_name
+from .record import read_runs
 from ..layers import LearnedRelu
 from ..profile import KINDS, STARTS, Profile, harvest, save_profile
 
@@ -43,8 +43,8 @@ def settled(
 def _round(arm, seeds, source, recipe, out, judging):
     "Make the runs of one round that are missing; what was found."
     compare([arm], seeds, source, recipe, out, judging)
-    names = [record_name(arm.name, s, source.digest(recipe)) for s in seeds]
-    return [read_record(Path(out)/'records'/o) for o in names]
+    made = read_runs(out, source.digest(recipe))
+    return [made[arm.name, s] for s in seeds]
 
 def _start(arm, layers):
     "Where an arm starts, as a profile of these layers."

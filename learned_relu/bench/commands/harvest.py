@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
+from ..._files import printable
 from ...profile import harvest, save_profile
 from ..record import read_records
 from ..stability import stability
@@ -61,7 +62,8 @@ def learned_relu_harvest(
         found = _chosen(by_digest, arm, digest, seeds and seeds_of(seeds))
         profile = harvest(found)
         file = save_profile(profile, out)
-    except (ValueError, TypeError) as e: raise SystemExit(f'error: {e}') from e
+    except (ValueError, TypeError) as e: raise SystemExit(f'error: {printable(str(e))}') from e
     told = stability(found).round(4).to_string(index=False)
     print(profile, told, file, sep='\n\n')
-    if wrong: raise SystemExit('\n'.join([f'error: {len(wrong)} records cannot be read, and are left out:', *wrong]))
+    said = f'error: {len(wrong)} records cannot be read, and are left out:'
+    if wrong: raise SystemExit('\n'.join([said, *map(printable, wrong)]))

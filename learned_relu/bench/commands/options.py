@@ -17,6 +17,7 @@ from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import bool_arg
 
+from ..._files import printable
 from ..compare import compare
 from ..data import Source
 from ..distributed import first
@@ -50,7 +51,8 @@ def out_dir(
 def one_line_errors():
     "End the process with one line where something that was asked for cannot be."
     try: yield
-    except (ValueError, TypeError, ImportError) as e: sys.exit(f'error: {raised(e)}')
+    except (ValueError, TypeError, ImportError) as e:
+        sys.exit('\n'.join(map(printable, f'error: {raised(e)}'.split('\n'))))
 
 @contextmanager
 def kept_in(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-from ..._files import whole_file
+from ..._files import printable, whole_file
 from ..pairs import check_pairs
 from ..record import read_records
 from ..report import html_page, save_report
@@ -96,4 +96,4 @@ def learned_relu_report(
     said = []
     if broken: said += [f'error: {len(broken)} records cannot be read, the others are reported on:', *broken]
     if unpaired: said += ['error: runs that are no pairs are not reported on:', *unpaired]
-    if said: raise SystemExit('\n'.join(said))
+    if said: raise SystemExit('\n'.join(map(printable, said)))

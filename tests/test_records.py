@@ -1,0 +1,153 @@
+"Records from elsewhere: whatever a file holds, it is a sentence that names it, or a table as any other."
+import json
+import math
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learned_relu.bench.commands.report import learned_relu_report
+from learned_relu.bench.record import read_record, read_records, read_runs, record_name, write_record
+from learned_relu.bench.report import report_page
+from learned_relu.bench.table import readable, table
+
+RECORDS = Path(__file__).parents[1]/'benchmarks'/'records'/'accuracy'
+FOLDER = RECORDS/'2026-11-26-digits-small'
+ODD = [None, True, -1, 0, 1, 1.5, 1e300, 10**400, math.nan, math.inf, '', 'x', '../../x', '/tmp/x', '$x_1$', '<b>', '=1+1', 'a\nb', '\x1b[2J',
+       'ä'*300, [], ['x'], [[]], {}, {'x': {}}]
+GONE = object()
+
+
+def records(n=2):
+    "Runs of two arms with the same seeds, as their files hold them"
+    return [json.loads(o.read_text()) for arm in ('learned', 'general') for o in sorted(FOLDER.glob(f'records/{arm}-*.json'))[:n]]
+
+
+def places(o, at=()):
+    "Where something can be changed: each field, and the first of each list"
+    inside = o.items() if isinstance(o, dict) else enumerate(o[:1]) if isinstance(o, list) else ()
+    for k, v in inside:
+        yield (*at, k)
+        yield from places(v, (*at, k))
+
+
+def changed(record, at, to):
+    "A copy with another value, or none, at a place"
+    record = json.loads(json.dumps(record))
+    inner = record
+    for k in at[:-1]: inner = inner[k]
+    if to is GONE: del inner[at[-1]]
+    else: inner[at[-1]] = to
+    return record
+
+
+def file_of(record, folder):
+    "The file that a record says it is, whatever it says"
+    (folder/'records').mkdir(exist_ok=True)
+    try: name = record_name(record['arm'], record['seed'], record['digest'])
+    except Exception: name = 'x.json'
+    file = folder/'records'/(name if '/' not in name and '\0' not in name else 'x.json')
+    file.write_text(json.dumps(record))
+    return file
+
+
+@pytest.mark.parametrize('every', [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_record_with_any_field_changed_is_refused_in_a_sentence_or_makes_a_table(every, tmp_path):
+    (first, *others), tried, taken = records(), 0, []
+    few = *list(first['activation'])[:1], 'step', 'mean', 'layer'  # of many that are alike
+    for where in (o for o in places(first) if o[0] not in ('activation', 'telemetry') or len(o) < 2 or o[1] in few):
+        for to in (GONE, *ODD):
+            record = changed(first, where, to)
+            file = file_of(record, tmp_path)
+            tried += 1
+            try: taken.append((where, to, read_record(file)))
+            except ValueError as e:
+                assert 'json' in str(e) and len(str(e)) < 1000 and str(e).isprintable(), (where, to)
+            file.unlink()
+    assert tried > 2000 and len(taken) < tried/2, (tried, len(taken))
+    for where, to, record in taken[::every]:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            try: assert len(readable(table([record, *others]))) == 2 + (record['arm'] not in ('learned', 'general')), (where, to)
+            except ValueError as e: assert 'no pair' in str(e) or 'declare' in str(e), (where, to, e)
+
+
+def test_a_digest_leads_nowhere(tmp_path):
+    for i, digest in enumerate(('../../out', str(tmp_path/'elsewhere'), '..', 'a/b')):
+        folder = tmp_path/'runs'/f'{i}'
+        (folder/'records').mkdir(parents=True)
+        for j, o in enumerate(records()): (folder/'records'/f'{j}.json').write_text(json.dumps(o | dict(digest=digest)))
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(SystemExit): learned_relu_report(tmp_path/'runs', out=tmp_path/'page')
+    assert [o for o in sorted(tmp_path.rglob('*')) if o not in before and tmp_path/'page' not in (o, *o.parents)] == []
+    assert not list((tmp_path/'page').rglob('table.csv'))
+
+
+PLAIN = st.none() | st.booleans() | st.floats() | st.integers() | st.text()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.recursive(PLAIN, lambda o: st.lists(o) | st.dictionaries(st.text(), o), max_leaves=8))
+def test_anything_that_is_json_is_refused_in_a_sentence(tmp_path_factory, found):
+    file = tmp_path_factory.getbasetemp()/'any.json'
+    for o in (found, dict(format=1, any=found)):
+        file.write_text(json.dumps(o))
+        with pytest.raises(ValueError, match=r'any\.json'): read_record(file)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 10**9))
+def test_a_file_that_is_cut_or_overwritten_is_refused(tmp_path_factory, junk, at):
+    file, whole = tmp_path_factory.getbasetemp()/'any.json', next(FOLDER.glob('records/*.json')).read_bytes()
+    for text in (whole[:at % len(whole)], junk, whole[:at % len(whole)] + junk):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=r'any\.json'): read_record(file)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path/'records').mkdir()
+    (tmp_path/'records'/'deep.json').write_text('['*100_000)
+    (tmp_path/'records'/'folder.json').mkdir()
+    (tmp_path/'records'/'wide.json').write_text('{"format": 1, "seed": %s}' % ('9'*5000))
+    by_digest, wrong = read_records(tmp_path)
+    assert not by_digest and [o.split(': ')[1].split()[0] for o in wrong] == ['deep.json', 'folder.json', 'wide.json']
+
+
+def test_a_run_that_diverged_is_json_and_makes_a_page(tmp_path):
+    first, *others = records()
+    ended = {k: dict(v, mean=math.nan) for k, v in first['activation'].items()}
+    gone = first | dict(train_loss=[math.nan]*6, valid_loss=[math.inf]*6, activation=ended)
+    (tmp_path/'records').mkdir()
+    file = write_record(gone, tmp_path/'records')
+    json.loads(file.read_text(), parse_constant=lambda o: pytest.fail(o))
+    back = read_record(file)
+    assert all(map(math.isnan, back['valid_loss'] + back['train_loss']))
+    page = report_page([back, *others])
+    assert 'learned' in page and page.count('<img alt="') > 3
+
+
+def test_a_copy_is_no_pair_more(tmp_path):
+    shutil.copytree(FOLDER/'records', tmp_path/'records')
+    one = next((tmp_path/'records').glob('learned-seed0-*'))
+    digest = json.loads(one.read_text())['digest']
+    other = one.with_name(one.name.replace('learned', 'learned_'))
+    shutil.copy(one, other)
+    n, (wrong,) = len(read_records(FOLDER)[0][digest]), read_records(tmp_path)[1]
+    assert len(read_records(tmp_path)[0][digest]) == n and f'call it {one.name}' in wrong
+    with pytest.raises(ValueError, match=f'{other.name} holds the run of learned, seed 0'): read_runs(tmp_path, digest)
+    one.write_text(other.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(ValueError, match='holds the run of learned, seed 1'): read_record(one)
+
+
+def test_every_record_of_this_repository_is_one():
+    wrong = [o for folder in RECORDS.iterdir() if folder.is_dir() for o in read_records(folder)[1]]
+    assert wrong == []
+
+
+@given(st.text(min_size=1, max_size=60), st.text(min_size=1, max_size=60))
+def test_two_arms_have_two_files(a, b):
+    names = {record_name(o, 0, '0'*8) for o in {a, b} if len(o.encode()) < 60}
+    assert len(names) == len({o for o in {a, b} if len(o.encode()) < 60}) and not any(set(o) & set('/\\:*?"<>|\0\n') for o in names)
