@@ -190,17 +190,17 @@ def test_what_a_killed_process_left_of_its_checkpoint_goes_with_the_next(images,
 def test_what_a_killed_process_left_of_its_record_goes_with_the_next(tmp_path):
     path = records_dir(tmp_path)
     (path/'relu-seed0-a.json.77.tmp').write_text('{"for'); (path/'relu-seed1-a.json.77.tmp').touch()
-    kept = write_record(dict(format=1, arm='relu', seed=0, digest='a'), path)
-    assert sorted(o.name for o in path.iterdir()) == [kept.name, 'relu-seed1-a.json.77.tmp'] and read_record(kept)['seed'] == 0
+    kept = write_record(dict(arm='relu', seed=0, digest='a'), path)
+    assert sorted(o.name for o in path.iterdir()) == [kept.name, 'relu-seed1-a.json.77.tmp'] and json.loads(kept.read_text())['seed'] == 0
 
 
 def test_a_disk_that_is_full_keeps_finished_records(tmp_path, monkeypatch):
     path = records_dir(tmp_path)
-    kept = write_record(dict(format=1, arm='relu', seed=0, digest='a'), path)
+    kept = write_record(dict(arm='relu', seed=0, digest='a'), path)
     before = kept.read_bytes()
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(ValueError, match=re.escape('relu-seed1-a.json cannot be written')):
-        write_record(dict(format=1, arm='relu', seed=1, digest='a'), path)
+        write_record(dict(arm='relu', seed=1, digest='a'), path)
     assert [o.name for o in path.iterdir()] == [kept.name] and kept.read_bytes() == before
 
 
