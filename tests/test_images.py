@@ -3,11 +3,13 @@ import errno
 import io
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from multiprocessing import get_context
 from types import SimpleNamespace
 
@@ -123,6 +125,22 @@ def test_a_truncated_or_foreign_file_is_written_again(folder, tmp_path, capsys, 
     same(decode_images(path, files, mark, tmp_path), files)
     said = capsys.readouterr().out
     assert words in said and 'so it is written again' in said
+
+
+def test_one_flipped_bit_is_noticed_and_mended_wherever_it_is(folder, tmp_path, capsys):
+    path, files, mark = find_images(folder)
+    images = decode_images(path, files, mark, tmp_path)
+    whole, rng, mended = images.path.read_bytes(), random.Random(0), 0
+    for at in [rng.randrange(len(whole)) for _ in range(60)] + [len(whole) - 1, images.offsets[0], images.offsets[-1]]:
+        images.path.write_bytes(whole)
+        with open(images.path, 'r+b') as f:
+            f.seek(at)
+            f.write(bytes([whole[at] ^ 1 << rng.randrange(8)]))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            same(decode_images(path, files, mark, tmp_path), files)
+        mended += len(seen) == 1 and not images.path.exists() or 'damaged index' in capsys.readouterr().out
+    assert mended == 63
 
 
 def test_an_image_that_changed_but_kept_its_length_is_decoded_again(tmp_path, capsys):

@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.data import Source
 from learned_relu.bench.recipe import Recipe
 from learned_relu.bench.record import in_use, read_record, records_dir, write_record
-from learned_relu.bench.resume import EpochCheckpoint, random_states
+from learned_relu.bench.resume import EpochCheckpoint, _read, random_states
 from learned_relu.bench.run import train_run
 from learned_relu.callback.clamp import ClampActParams
 
@@ -144,6 +145,27 @@ def test_a_broken_checkpoint_is_named(images, tmp_path, monkeypatch, content):
     file.write_bytes(file.read_bytes()[:1000] if content is None else content)
     with pytest.raises(ValueError, match='run.pt cannot be read as a checkpoint'):
         train_run(Arm('relu'), 0, Recipe(**SMALL, epochs=2), Source(images, 16), checkpoint=file)
+
+
+def bits(o):
+    "Equal where all that is inside is, to the bit"
+    if isinstance(o, dict): return {k: bits(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple)): return [*map(bits, o)]
+    return o.numpy().tobytes() if isinstance(o, torch.Tensor) else repr(o)
+
+
+@pytest.mark.parametrize('n', [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_one_flipped_bit_never_gives_other_weights(images, tmp_path, n):
+    file = tmp_path/'run.pt'
+    train_run(Arm('relu'), 0, Recipe(**SMALL), Source(images, 16), checkpoint=file)
+    whole, rng, refused = file.read_bytes(), random.Random(0), 0
+    mark = torch.load(file)['mark']
+    meant = bits(_read(file, mark))
+    for at in (rng.randrange(len(whole)) for _ in range(n)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at+1:])
+        try: assert bits(_read(file, mark)) == meant
+        except ValueError as e: refused += 'run.pt cannot be read as a checkpoint' in str(e)
+    assert refused > n*.8
 
 
 def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -13,6 +13,8 @@ import hashlib
 import os
 import shutil
 import time
+import warnings
+import zlib
 from functools import cached_property
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -29,7 +31,7 @@ from torch import nn
 from .._files import cache_dir, whole_file
 
 # %% ../../nbs/api/31_bench.images.ipynb #d8cc2c84
-_FORMAT = 1
+_FORMAT = 2
 
 def _stamp(path, files, fingerprint):
     def line(o, s): return f'{os.path.relpath(o, path)} {s.st_size} {s.st_mtime_ns}'
@@ -40,16 +42,19 @@ def _head(stamp, sizes): return stamp + hashlib.sha256(sizes.tobytes()).digest()
 
 def _ends(sizes): return 64 + 8*len(sizes) + 3*sizes.prod(1, dtype=np.int64).cumsum() # of each image, in the file
 
-def _read_sizes(path, stamp, n):
+def _read_index(path, stamp, n):
+    "Sizes and checksums of `n` images."
     with open(path, 'rb') as f:
         head = f.read(64 + 8*n)
-        length = os.fstat(f.fileno()).st_size
+        length = f.seek(0, os.SEEK_END)
+        f.seek(max(0, length - 4*n))
+        sums = f.read(4*n)
     if head[:32] != stamp: raise ValueError('is of other images')
     sizes = np.frombuffer(head[64:len(head) - len(head) % 8], '<u4').reshape(-1, 2)
     if head != _head(stamp, sizes) or len(sizes) != n: raise ValueError('has a damaged index')
-    total = int(_ends(sizes)[-1])
+    total = int(_ends(sizes)[-1]) + 4*n
     if length != total: raise ValueError(f'has {length:,} bytes instead of {total:,}')
-    return sizes
+    return sizes, np.frombuffer(sums, '<u4')
 
 # %% ../../nbs/api/31_bench.images.ipynb #9974c2b7
 class DecodedImages:
@@ -60,13 +65,13 @@ class DecodedImages:
         stamp:bytes, # digest of what was decoded
     ):
         self.path,self.files,self.stamp = path,files,stamp
-        self.sizes = _read_sizes(path, stamp, len(files)) # height and width, `(n, 2)`
+        self.sizes,self.sums = _read_index(path, stamp, len(files)) # height and width, `(n, 2)`; CRC-32 of each image
         self.offsets = np.append(64 + 8*len(files), _ends(self.sizes)) # where each begins, and the end
         self._place = {o: i for i,o in enumerate(files)}
 
     @cached_property
     def _pixels(self):
-        _read_sizes(self.path, self.stamp, len(self.files))
+        _read_index(self.path, self.stamp, len(self.files))
         with open(self.path, 'rb') as f: return memoryview(mmap(f.fileno(), 0, access=ACCESS_READ))
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k != '_pixels'}
@@ -75,7 +80,14 @@ class DecodedImages:
         if i < 0: i += len(self)
         h,w = self.sizes[i].tolist()
         pixels = self._pixels[self.offsets[i]:self.offsets[i+1]]
+        if zlib.crc32(pixels) != self.sums[i]: return self._mended(i)
         return PILImage.create(Image.frombuffer('RGB', (w, h), pixels, 'raw', 'RGB', 0, 1))
+
+    def _mended(self, i):
+        self.path.unlink(missing_ok=True) # so that the next run writes it again
+        warnings.warn(f'{self.path} does not hold {self.files[i].name} as it was decoded: damaged on the disk, or '
+                      'on its way. It is decoded anew, and the next run writes the file again', stacklevel=3)
+        return PILImage.create(self.files[i].read_bytes())
 
     def open(self,
         file:Path, # any image
@@ -104,18 +116,21 @@ def _refuse(where, why):
 def _decode_to(temp, files, head, sizes):
     ends = _ends(sizes)
     def one(i):
+        "Write an image; its checksum."
         pixels = np.asarray(_named(lambda o: PILImage.create(o.read_bytes()), files[i]))
         if pixels.shape[:2] != tuple(sizes[i]):
             raise ValueError(f'{files[i]} is not of the size that its header says: mend it')
         _write(temp, pixels, int(ends[i]) - pixels.nbytes)
+        return zlib.crc32(pixels)
     temp.write_bytes(head)
-    parallel(one, range(len(files)), threadpool=True, progress=len(files) > 1000)
+    sums = parallel(one, range(len(files)), threadpool=True, progress=len(files) > 1000)
+    _write(temp, np.array(sums, '<u4').tobytes(), int(ends[-1]))
 
 def _decode(path, files, stamp):
     path.unlink(missing_ok=True) # of no use, and it takes room
     where = path.parent
     sizes = np.array(parallel(lambda o: _named(_size, o), files, threadpool=True), '<u4')
-    need = _ends(sizes)[-1]/1e6
+    need = (_ends(sizes)[-1] + 4*len(sizes))/1e6
     takes = f'the decoded images take {need:,.1f} MB'
     def free(): return shutil.disk_usage(where).free/1e6
     try:

@@ -10,6 +10,7 @@ __all__ = ['random_states', 'set_random_states', 'EpochCheckpoint']
 # %% ../../nbs/api/31_bench.resume.ipynb #35d873cb
 import random
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,14 @@ def _gathered(o):
     torch.distributed.all_gather_object(res, o)
     return res
 
+def _check_whole(file):
+    with zipfile.ZipFile(file) as f: damaged = f.testzip() # torch writes checksums and does not read them
+    if damaged: raise zipfile.BadZipFile(damaged)
+
 def _read(file, mark):
-    try: state = torch.load(file, map_location='cpu', weights_only=True)
+    try:
+        _check_whole(file)
+        state = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e:
         raise ValueError(f'{file.name} cannot be read as a checkpoint ({type(e).__name__}): '
                          'move it away, and its run starts anew') from e
