@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from learned_relu._files import cache_dir
 from learned_relu.kernels.build import kernels
 from learned_relu.kernels.dispatch import node
+from learned_relu.kernels.library import shelf
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +31,10 @@ def cache(tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of a machine without a compiler
         kernels()
-    there = cache_dir()
+    there = shelf()
     with pytest.MonkeyPatch.context() as m:
         m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-        cache_dir().mkdir(mode=0o700)
-        for o in there.glob('*.so'): shutil.copy(o, cache_dir())
+        for o in there.glob('*.so'): shutil.copy(o, shelf())
         yield
 
 

@@ -343,6 +343,7 @@ SETUP = '''
 import sys, time, torch
 from pathlib import Path
 from learned_relu.kernels import build, node as room
+from learned_relu.kernels.library import shelf
 flags = [o for o in build._flags() if o != '-O3'] + ['-O0']
 build._flags = lambda: flags
 from learned_relu.kernels.dispatch import node
@@ -352,7 +353,7 @@ def calls(n):
     for _ in range(n): y = learned_relu(x, *ps)
     y.sum().backward()
     return y.grad_fn.name()
-cache = build.cache_dir()
+cache = shelf()
 '''
 
 
@@ -376,14 +377,14 @@ def scripted(compiler, tmp_path):
 
 
 def test_a_short_script_compiles_nothing_and_a_long_one_has_no_wait(scripted):
-    env = scripted(f'cat > /dev/null; cp {room.place()} "$(echo "$*" | sed "s/.*-o //")"; exit 0')
+    env = scripted(f'cat > /dev/null; cp {room.found(room.library_key())} "$(echo "$*" | sed "s/.*-o //")"; exit 0')
     done = child('''
 assert 'Curve' in calls(room.ENOUGH - 1) and 'Cpp' not in calls(1), 'whoever has to wait for a compiler is served by Python'
 for _ in range(600):
     if 'Cpp' in calls(1): break
     time.sleep(.1)
 else: raise AssertionError('it never came')
-print(*(o.name for o in cache.iterdir()))
+print(*(o.name for o in cache.glob('*.so')))
 ''', **env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(o[:5] for o in done.stdout.split()) == ['curve', 'node-']
@@ -413,7 +414,7 @@ else: raise AssertionError('it goes on trying')
 assert 'Cpp' not in calls(3)
 ''', **scripted(fault))
     assert done.returncode == 0 and not done.stderr and not done.stdout, done.stderr[-2000:]
-    assert not list((tmp_path/'cache'/'learned_relu').glob('*.tmp'))
+    assert {o.suffix for o in (tmp_path/'cache'/'learned_relu'/'kernels').iterdir()} <= {'.so', '.lock'}
 
 
 @pytest.mark.parametrize('how', ['', 'sys.exit(3)', 'raise KeyboardInterrupt', 'import os; os.fork() or sys.exit(0); os.wait()'])
@@ -433,7 +434,7 @@ print(begin, flush=True)
         if not alive(int((tmp_path/'pid').read_text())): break
         time.sleep(.1)
     else: raise AssertionError('the compiler goes on')
-    assert not list((tmp_path/'cache'/'learned_relu').glob('*.tmp'))
+    assert {o.suffix for o in (tmp_path/'cache'/'learned_relu'/'kernels').iterdir()} <= {'.so', '.lock'}
 
 
 def alive(pid):
