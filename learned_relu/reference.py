@@ -6,7 +6,7 @@ Docs: https://learned-relu.github.io/learned_relu/api/reference.html.md"""
 
 # %% auto #0
 __all__ = ['channel_shape', 'check_input', 'check_parameters', 'lined_up', 'param_grad', 'lowest_negative', 'negative_part',
-           'shifted', 'learned_relu_reference', 'gradients']
+           'shifted', 'visible', 'learned_relu_reference', 'gradients']
 
 # %% ../nbs/api/00_reference.ipynb #eae1b991
 import warnings
@@ -118,6 +118,13 @@ def shifted(
     "The curve without its cap."
     return torch.where(x > 0, x, leak * negative_part(x, leak)) - sub
 
+def visible(
+    sub:Tensor, # shift, in a shape that broadcasts over the input
+    maxv:Tensor, # cap, likewise
+) -> Tensor: # `sub`, NaN where `maxv` is: nothing is below NaN, so that such a cap would clip nothing, in silence
+    "The shift that shows a cap which is no number."
+    return torch.where(maxv.isnan(), sub + torch.nan, sub)
+
 def learned_relu_reference(
     x:Tensor, # activations, any shape with `channel_dim`, floating point
     leak:Tensor, # slope of the negative side, no unit: 0-d, `(1,)` or `(channels,)`
@@ -128,7 +135,7 @@ def learned_relu_reference(
     "`min(leaky(x, leak) - sub, maxv)`, written to be read; raises as `learned_relu` does."
     check_input(x)
     leak,sub,maxv = lined_up(x, channel_dim, leak=leak, sub=sub, maxv=maxv)
-    y = shifted(x, leak, sub)
+    y = shifted(x, leak, visible(sub, maxv))
     return torch.where(y >= maxv, maxv, y)
 
 # %% ../nbs/api/00_reference.ipynb #a77de1d9

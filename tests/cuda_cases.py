@@ -106,6 +106,16 @@ def test_corners(dtype):
             assert torch.equal(dx.cpu(), torch.tensor([[leak, 0., leak, leak, 0., leak]], dtype=dtype)) and dmaxv.item() == 2
 
 
+@pytest.mark.parametrize('which', range(3))
+def test_nan_in_a_parameter_is_seen(which):
+    x = torch.tensor([[-2., 3., 3.], [3., -2., 3.]], device=DEVICE)
+    ps = [torch.full((3,), o, device=DEVICE) for o in (.1, .25, 1.)]
+    ps[which][1] = torch.nan
+    for grad in False, True:
+        y = learned_relu(x, *(o.clone().requires_grad_(grad) for o in ps), impl='kernel')
+        assert y.isnan().tolist() == [[False, which > 0, False], [False, True, False]]
+
+
 def test_nothing_and_gradients_that_lie_otherwise():
     empty = torch.zeros(0, 6, device=DEVICE, requires_grad=True)
     assert learned_relu(empty, *torch.ones(3, 6, device=DEVICE)).shape == (0, 6)

@@ -57,6 +57,17 @@ def test_gradients_are_those_of_finite_differences(training, last, form):
     assert gradcheck(plain, (x, *ps)) and gradgradcheck(plain, (x, *ps))
 
 
+@pytest.mark.parametrize('which', [1, 2])
+@pytest.mark.parametrize('last', [False, True])
+def test_a_shift_or_cap_that_is_nan_is_seen(last, which, form):
+    x, w, b, *ps = arguments(last=last)
+    with torch.no_grad(): ps[which][1] = torch.nan
+    for training in True, False:
+        y = bn_learned_relu(x, torch.zeros(3).double(), torch.ones(3).double(), w, b, *ps, training=training)
+        assert y[:, 1].isnan().all() and not y[:, [0, 2]].isnan().any()
+        assert not torch.autograd.grad(y[:, [0, 2]].sum(), x)[0].isnan().any()
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('shape', [(16, 6), (8, 6, 7), (4, 6, 5, 9), (2, 6, 3, 4, 5)])

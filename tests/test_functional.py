@@ -127,6 +127,30 @@ def test_ties(curve):
     assert (leak.grad.item(), sub.grad.item(), maxv.grad.item()) == (0., -1., 110.)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('shape,channel_dim', [((64, 3), 1), ((2, 3, 5, 7), 1), ((2, 9, 5, 3), -1), ((5, 3), 0)])
+@pytest.mark.parametrize('which', range(3))
+def test_nan_in_a_parameter_is_seen_wherever_it_matters_in_every_form(which, shape, channel_dim, dtype):
+    n = shape[channel_dim]
+    ps = [torch.full((n,), o, dtype=dtype) for o in (.1, .25, 1.)]
+    ps[which][1], ps[0][2] = torch.nan, 0.
+    x, g = torch.randn(shape).to(dtype)*2, torch.randn(shape).to(dtype)
+    bent = torch.ones(n, x.numel()//n, dtype=torch.bool) if which else x.movedim(channel_dim, 0).reshape(n, -1) <= 0
+    want = bent & (torch.arange(n) == 1)[:, None]
+    found = []
+    for impl in 'reference', 'eager', 'kernel', None:
+        if impl == 'kernel' and dtype == torch.float16: continue
+        xs = [o.clone().requires_grad_() for o in (x, *ps)]
+        y = learned_relu(*xs, channel_dim, impl=impl)
+        with torch.no_grad(): alone = learned_relu(x, *ps, channel_dim, impl=impl)
+        for o in y, alone: assert torch.equal(o.isnan().movedim(channel_dim, 0).reshape(n, -1), want), impl
+        grads = torch.autograd.grad(y, xs, g)
+        found.append([o.movedim(channel_dim if o.ndim > 1 else 0, 0)[torch.arange(n) != 1] for o in grads])
+    if dtype in (torch.float32, torch.float64): # gradients of the other channels
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True): assert_close(a, b)
+
+
 @pytest.mark.parametrize('curve', [learned_relu, eager, learned_relu_reference])
 def test_corners(curve):
     inf, nan = torch.inf, torch.nan

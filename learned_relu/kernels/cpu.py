@@ -53,8 +53,8 @@ def needs_input(
     dtype:torch.dtype, # of the activations
 ) -> Tensor|None: # boolean, `(num,)`; None where it can be found for all
     "Where `x` cannot be found again from the output."
-    leak,sub,_ = values
-    call = Call(leak=pointer(leak), sub=pointer(sub), channels=len(leak))
+    leak,sub,maxv = values
+    call = Call(leak=pointer(leak), sub=pointer(sub), maxv=pointer(maxv), channels=len(leak))
     if not run('lost', dtype, call): return None
     which = leak.new_empty(leak.shape, dtype=torch.bool)
     call.signs = which.data_ptr()

@@ -64,7 +64,7 @@ template<class T> INLINE Mask<T> unpack(uint8_t b) { return (Mask<T>{1, 2, 4, 8,
 // == curve
 template<class T> struct Curve {
   V<T> leak, sub, maxv, floor;
-  Curve(V<T> leak, V<T> sub, V<T> maxv) : leak(leak), sub(sub), maxv(maxv) {
+  Curve(V<T> leak, V<T> sub, V<T> maxv) : leak(leak), sub(maxv == maxv ? sub : maxv), maxv(maxv) { // NaN is not hidden
     using limits = std::numeric_limits<T>;
     floor = leak == 0 ? all(limits::lowest()) : all(-limits::infinity()); // 0 * -inf is to be 0
   }
@@ -323,8 +323,8 @@ template<class S> I lost(const Call& a) {
   const double eps = sizeof(S) == sizeof(C<S>) ? std::numeric_limits<C<S>>::epsilon() : 1./128;
   I n = 0;
   for (I i = 0; i < a.channels/most(a.repeat, 1); i++) {
-    double l = ((const C<S>*)a.leak)[i], s = ((const C<S>*)a.sub)[i];
-    bool one = !(l >= 1./1024 && l >= (s < 0 ? -s : s)*eps*1024);
+    double l = ((const C<S>*)a.leak)[i], s = ((const C<S>*)a.sub)[i], m = a.maxv ? ((const C<S>*)a.maxv)[i] : 0;
+    bool one = !(l >= 1./1024 && l >= (s < 0 ? -s : s)*eps*1024 && m == m);
     if (a.signs) ((bool*)a.signs)[i] = one;
     n += one;
   }

@@ -29,7 +29,8 @@ def rounded(v, ptr): return v.to(ptr.dtype.element_ty).to(v.dtype) # as the acti
 def values(leak_ptr, sub_ptr, maxv_ptr, x_ptr, c, real):
     leak = rounded(tl.load(leak_ptr + c, mask=real, other=1.), x_ptr)
     sub = rounded(tl.load(sub_ptr + c, mask=real, other=0.), x_ptr)
-    return leak, sub, rounded(tl.load(maxv_ptr + c, mask=real, other=0.), x_ptr)
+    maxv = rounded(tl.load(maxv_ptr + c, mask=real, other=0.), x_ptr)
+    return leak, tl.where(maxv == maxv, sub, maxv), maxv # NaN is not hidden
 
 @triton.jit
 def bent(x, leak, sub, x_ptr, LOWEST: tl.constexpr): # the curve without its cap; what leak multiplies
