@@ -135,12 +135,13 @@ def load_profile(
     except OSError as e:
         raise ValueError(f'profile is {str(path)!r}, which cannot be read ({e.strerror}): pass a file that '
                          'learned_relu_harvest or save_profile wrote') from e
-    except ValueError as e: raise ValueError(f'{path.name} is no JSON ({e}): pass the file of a profile') from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path.name} is no JSON ({e}): pass the file of a profile') from e
     if not isinstance(found, dict) or found.get('format') != FORMAT or not isinstance(found.get('layers'), dict):
         raise ValueError(f'{path.name} is no profile of format {FORMAT}: pass a file that learned_relu_harvest or '
                          'save_profile wrote')
     try: return Profile(found['layers'], found.get('origin'))
-    except (ValueError, TypeError) as e: raise ValueError(f'{path.name}: {e}') from e
+    except (ValueError, TypeError, OverflowError) as e: raise ValueError(f'{path.name}: {e}') from e
 
 def as_profile(
     values, # a `Profile`, or the path of its file

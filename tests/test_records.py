@@ -3,19 +3,24 @@ import json
 import math
 import shutil
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learned_relu.bench.commands.report import learned_relu_report
+from learned_relu.bench.recipe import Recipe, planned, read_recipe
 from learned_relu.bench.record import read_record, read_records, read_runs, record_name, write_record
 from learned_relu.bench.report import report_page
 from learned_relu.bench.table import readable, table
+from learned_relu.profile import load_profile
 
 RECORDS = Path(__file__).parents[1]/'benchmarks'/'records'/'accuracy'
 FOLDER = RECORDS/'2026-11-26-digits-small'
+RECIPES = RECORDS.parents[1]/'recipes'
 ODD = [None, True, -1, 0, 1, 1.5, 1e300, 10**400, math.nan, math.inf, '', 'x', '../../x', '/tmp/x', '$x_1$', '<b>', '=1+1', 'a\nb', '\x1b[2J',
        'ä'*300, [], ['x'], [[]], {}, {'x': {}}]
 GONE = object()
@@ -54,25 +59,53 @@ def file_of(record, folder):
     return file
 
 
-@pytest.mark.parametrize('every', [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('every', [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_record_with_any_field_changed_is_refused_in_a_sentence_or_makes_a_table(every, tmp_path):
-    (first, *others), tried, taken = records(), 0, []
+    (first, *others), taken = records(), []
     few = *list(first['activation'])[:1], 'step', 'mean', 'layer'  # of many that are alike
-    for where in (o for o in places(first) if o[0] not in ('activation', 'telemetry') or len(o) < 2 or o[1] in few):
-        for to in (GONE, *ODD):
-            record = changed(first, where, to)
-            file = file_of(record, tmp_path)
-            tried += 1
-            try: taken.append((where, to, read_record(file)))
-            except ValueError as e:
-                assert 'json' in str(e) and len(str(e)) < 1000 and str(e).isprintable(), (where, to)
-            file.unlink()
-    assert tried > 2000 and len(taken) < tried/2, (tried, len(taken))
+    at = [o for o in places(first) if o[0] not in ('activation', 'telemetry') or len(o) < 2 or o[1] in few]
+    cases = [(where, to) for where in at for to in (GONE, *ODD)][::every]
+    for where, to in cases:
+        file = file_of(changed(first, where, to), tmp_path)
+        try: taken.append((where, to, read_record(file)))
+        except ValueError as e: assert 'json' in str(e) and len(str(e)) < 1000 and str(e).isprintable(), (where, to)
+        file.unlink()
+    assert len(cases) > 2000/every and len(taken) < len(cases)/2
     for where, to, record in taken[::every]:
         with warnings.catch_warnings():
             warnings.simplefilter('error')
             try: assert len(readable(table([record, *others]))) == 2 + (record['arm'] not in ('learned', 'general')), (where, to)
             except ValueError as e: assert 'no pair' in str(e) or 'declare' in str(e), (where, to, e)
+
+
+@pytest.mark.parametrize('every', [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_profile_with_anything_changed_is_refused_in_a_sentence_or_read(every, tmp_path):
+    whole, file, tried = json.loads((RECORDS/'2026-11-26-digits-mlp-search'/'profiles'/'round-1.json').read_text()), tmp_path/'p.json', 0
+    for at, to in [(at, to) for at in places(whole) for to in (GONE, *ODD)][::every]:
+        file.write_text(json.dumps(changed(whole, at, to)))
+        tried += 1
+        try: assert all(math.isfinite(v) for o in load_profile(file).values().values() for v in o.values()), (at, to)
+        except ValueError as e: assert 'p.json' in str(e), (at, to)
+    assert tried > 1900/every
+
+
+@pytest.mark.parametrize('every', [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_recipe_with_anything_changed_is_refused_in_a_sentence_or_read(every, tmp_path):
+    names, file = [o.name for o in fields(Recipe)], tmp_path/'r.toml'
+    names += 'launcher profile base arms seeds margin measures other'.split()
+    all_ = [dict(read_recipe(o).recipe) for o in sorted(RECIPES.glob('*.toml'))]
+    cases = [(recipe, k, to) for recipe in all_ for k in names for to in ODD if to is not None][::every]
+    for recipe, k, to in cases:
+        file.write_text(tomli_w.dumps(recipe | {k: to}))
+        try: assert isinstance(planned(file, {})[0], Recipe)
+        except (TypeError, ValueError) as e: assert 'r.toml' in str(e) or k == 'base', (k, to)
+    assert len(cases) > 5000/every
+
+
+@pytest.mark.parametrize('read,name,text', [(load_profile, 'p.json', '['*100_000), (read_recipe, 'r.toml', 'a = ' + '['*100_000)])
+def test_what_is_too_deep_is_refused(read, name, text, tmp_path):
+    (tmp_path/name).write_text(text)
+    with pytest.raises(ValueError, match=name): read(tmp_path/name)
 
 
 def test_a_digest_leads_nowhere(tmp_path):

@@ -48,8 +48,10 @@ def _typed(name, kind, v):
     fits = isinstance(v, (int, float) if kind is float else kind)
     if not fits or isinstance(v, bool) != (kind is bool): raise TypeError(f'{name} is {v!r}: pass a {_kinds[kind]}')
     if kind is not float: return v
+    try: v = float(v)
+    except OverflowError: v = math.inf # of a whole number
     if not math.isfinite(v): raise ValueError(f'{name} is {v}: pass a finite number')
-    return float(v)
+    return v
 
 def _check_ranges(recipe):
     for names,fits,what in _ranges:
@@ -199,7 +201,7 @@ def _parsed(file):
     try: return toml.loads(file.read_text(encoding='utf-8'))
     except OSError as e:
         raise ValueError(f'recipe is {str(file)!r}, which cannot be read ({e.strerror}): pass a TOML file') from e
-    except (toml.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
+    except (toml.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
 
 def _check_keys(file, found):
     more = 'arms seeds margin measures profile launcher base'.split()
