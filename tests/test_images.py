@@ -127,6 +127,61 @@ def test_a_truncated_or_foreign_file_is_written_again(folder, tmp_path, capsys, 
     assert words in said and 'so it is written again' in said
 
 
+def image(path, **how):
+    path.parent.mkdir(exist_ok=True)
+    Image.new('RGB', (9, 9)).save(path, **how)
+
+
+def bomb(path, side):
+    "A picture of a few KB that says it has so many pixels a side"
+    Image.new('L', (side, side)).save(path, compress_level=9)
+    assert path.stat().st_size < 200_000
+
+
+ODD = dict(fifo=lambda d: os.mkfifo(d/'x.png'), empty=lambda d: (d/'x.png').touch(), nowhere=lambda d: (d/'x.png').symlink_to('nothing'),
+           itself=lambda d: (d/'x.png').symlink_to('x.png'), text=lambda d: (d/'x.png').write_text('no image'),
+           bomb=lambda d: bomb(d/'x.png', 10_000), cut=lambda d: (d/'x.png').write_bytes((d/'0.jpg').read_bytes()[:200]))
+
+
+@pytest.mark.parametrize('what', ODD)
+def test_what_is_no_image_is_named_or_left_out_and_never_waited_for(what, tmp_path):
+    path = pictures(tmp_path/'p', 12)
+    place = next(o for o in (path/'train').iterdir() if o.is_dir())
+    image(place/'0.jpg')
+    whole = find_images(path)[1]
+    ODD[what](place)
+    with pytest.raises(ValueError, match=r'1 image\(s\) cannot be read, or have more than [\d,]+ pixels; the first is train'): find_images(path)
+    assert find_images(path, skip_unreadable=True)[1] == whole
+
+
+def test_a_link_that_leads_back_is_named(tmp_path):
+    path = pictures(tmp_path/'p', 12)
+    place = next(o for o in (path/'train').iterdir() if o.is_dir())
+    (place/'again').symlink_to(path/'train')
+    with pytest.raises(ValueError, match=f'^train/{place.name}/again/. is the same folder as train/., by a link'): find_images(path)
+    (place/'again').unlink()
+    shutil.move(place, tmp_path/'elsewhere')
+    place.symlink_to(tmp_path/'elsewhere')
+    assert len(find_images(path)[1]) == 12, 'a link to somewhere else is welcome'
+
+
+def test_a_class_that_is_only_judged_on_is_named(tmp_path):
+    path = pictures(tmp_path/'p', 12)
+    image(path/'val'/'<c>'/'1.png')
+    with pytest.raises(ValueError, match="val/ has images of '<c>', which train/ does not have"): find_images(path)
+
+
+@pytest.mark.parametrize('name', ['$x_1$', '<b>', '=1+1', 'a\nb', '\x1b[2J', '\u202eabc', 'ä'*100, "it's", 'a"b', 'a;b', ' '])
+def test_folders_of_any_name(name, tmp_path):
+    path = pictures(tmp_path/name, 12)
+    place = next(o for o in (path/'train').iterdir() if o.is_dir())
+    place.rename(place.with_name(name))
+    for o in (path/'val').iterdir(): o.name == place.name and o.rename(o.with_name(name))
+    source = Source(path, 16)
+    assert source.name.isprintable() and (source.name == name) == name.isprintable() and name in source.dls(2).vocab
+    assert len(list(source.dls(2).train)) > 1
+
+
 def test_one_flipped_bit_is_noticed_and_mended_wherever_it_is(folder, tmp_path, capsys):
     path, files, mark = find_images(folder)
     images = decode_images(path, files, mark, tmp_path)

@@ -9,6 +9,7 @@ __all__ = ['urls', 'find_images', 'image_dls', 'mnist_dls', 'Source']
 
 # %% ../../nbs/api/31_bench.data.ipynb #00cfe771
 import hashlib
+import warnings
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,9 +24,11 @@ from fastai.torch_core import default_device, num_distrib
 from fastai.vision.augment import FlipItem, RandomErasing, RandomResizedCrop
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
-from fastai.vision.utils import verify_images
+from fastai.vision.utils import verify_image
 from fastcore.basics import patch
+from fastcore.parallel import parallel
 from fasttransform.transform import Transform
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 from .._files import printable
@@ -52,6 +55,32 @@ def _check_classes(data, path):
     n = sum(o.is_dir() for o in (path/'train').iterdir())
     if n < 2: raise ValueError(f'data is {data!r}, whose train/ has {n} class(es): pass two folders of images or more')
 
+def _check_same_classes(halves, classes):
+    trained,judged = classes
+    only = sorted(judged - trained)
+    if not only: return
+    raise ValueError(f'{halves[1]}/ has images of {", ".join(map(repr, only))}, which {halves[0]}/ does not have: '
+                     'add some there, or take these away')
+
+def _check_once(path, files):
+    "Raise `ValueError` where a link to a folder leads to images that are there already."
+    seen = {}
+    for folder in sorted({o.parent for o in files}, key=lambda o: (len(o.parts), o)):
+        first = seen.setdefault(folder.resolve(), folder)
+        if first == folder: continue
+        a,b = (o.relative_to(path) for o in (folder, first))
+        raise ValueError(f'{a} is the same folder as {b}, by a link, and its images would count twice: remove the link')
+
+def _usable(file):
+    "Whether it is a file, not of a size that only an attack has, and an image."
+    if not file.is_file(): return False # a pipe, for one, which would be waited for
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        try:
+            with Image.open(file): pass
+        except Exception: return False
+    return verify_image(file)
+
 def find_images(
     data:str, # 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/` or `valid/`
     source:str='320', # which of its images: '160' or '320' px on the shortest side, or 'full'; not for a folder
@@ -63,14 +92,16 @@ def find_images(
     halves = _halves(data, path)
     _check_classes(data, path)
     files = sorted(get_image_files(path, folders=halves))
-    bad = verify_images(files) if verify else []
-    if len(bad) and not skip_unreadable:
-        first = bad[0].relative_to(path)
-        raise ValueError(f'{len(bad)} image(s) cannot be read, the first is {first}: mend it, or skip_unreadable')
-    files = [o for o in files if o not in set(bad)]
-    for o in halves:
-        there = any(path/o in f.parents for f in files)
+    _check_once(path, files)
+    bad = {o for o,usable in zip(files, parallel(_usable, files)) if not usable} if verify else set()
+    if bad and not skip_unreadable:
+        raise ValueError(f'{len(bad)} image(s) cannot be read, or have more than {Image.MAX_IMAGE_PIXELS:,} pixels; '
+                         f'the first is {min(bad).relative_to(path)}: mend it, or skip_unreadable')
+    files = [o for o in files if o not in bad]
+    classes = [{f.parent.name for f in files if path/o in f.parents} for o in halves]
+    for o,there in zip(halves, classes):
         if not there: raise ValueError(f'data is {data!r}, whose {o}/ has no image: put some into it')
+    _check_same_classes(halves, classes)
     listing = '\n'.join(f'{o.relative_to(path).as_posix()} {o.stat().st_size}' for o in files)
     return path, files, hashlib.sha256(listing.encode()).hexdigest()[:16]
 
