@@ -36,12 +36,11 @@ _flag = _is('boolean', 'true or false')
 _spread = _dict('what a parameter ended as', 'mean std min max'.split(), _maybe)
 _columns = 'step layer kind mean std grad at_low at_high'.split()
 
-_recipe = _dict('a recipe', 'data epochs size bs lr opt'.split(), **dict.fromkeys('data arch opt'.split(), _text),
-    **dict.fromkeys('source model schedule pool'.split(), _is('string', 'text', maxLength=1000)),
+_recipe = _dict('a recipe', 'data epochs size bs lr opt'.split(), **dict.fromkeys(('data', 'opt'), _text),
+    **dict.fromkeys('arch source model schedule pool'.split(), _is('string', 'text, perhaps none', maxLength=1000)),
     **dict.fromkeys('epochs size bs'.split(), _number('a whole number, 1 or more', 1, 2**63, 'integer')),
     **dict.fromkeys('lr beta wd smoothing mixup sh widen'.split(), _number()),
     **dict.fromkeys('mom sqrmom eps'.split(), _maybe), **dict.fromkeys('sa sym batchnorm fp16'.split(), _flag))
-_recipe['properties']['arch'] = _is('string', 'text', maxLength=1000) # '' where the model is no xresnet
 
 _judging = _dict('what was declared', measures=_list(_text, 'a list of measures'),
                  margin=_number('a positive number, or null', 0, 1e300, ['number', 'null'], exclusiveMinimum=0))
