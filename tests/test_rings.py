@@ -56,7 +56,7 @@ def test_the_torch_ring_works_without_fastai():
 def test_everything_can_be_imported_without_the_extra():
     names = [o.with_suffix('').as_posix().replace('/', '.') for o in modules]
     names = [o for o in names if o not in (*ABSENT, 'bench.on_ray')]  # which is imported when it is asked for
-    code = ("import sys\nfor o in 'accelerate statsmodels mlxtend tomli tomli_w ray'.split(): sys.modules[o] = None"
+    code = ("import sys\nfor o in 'accelerate fastjsonschema statsmodels mlxtend tomli tomli_w ray'.split(): sys.modules[o] = None"
             + '\nimport learned_relu.all\n' + '\n'.join(f'import learned_relu.{o}' for o in names)
             + '\nfrom learned_relu.bench.distributed import on_all_processes'
               '\nfrom learned_relu.bench.recipe import Recipe'

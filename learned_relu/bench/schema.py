@@ -10,8 +10,6 @@ __all__ = ['SCHEMA', 'check_record']
 # %% ../../nbs/api/31_bench.schema.ipynb #a728a5ae
 from functools import cache
 
-import fastjsonschema
-
 # %% ../../nbs/api/31_bench.schema.ipynb #a06901df
 def _is(kind, words, **rules): return dict(type=kind, description=words, **rules)
 
@@ -70,7 +68,11 @@ SCHEMA = _dict('a record', _needed,
 
 # %% ../../nbs/api/31_bench.schema.ipynb #eefdc0d1
 @cache # compiled once, into Python
-def _valid(): return fastjsonschema.compile(SCHEMA)
+def _valid():
+    try: import fastjsonschema
+    except ImportError as e:
+        raise ImportError('Reading records needs fastjsonschema: pip install "learned_relu[bench]"') from e
+    return fastjsonschema.compile(SCHEMA)
 
 def _short(value):
     text = repr(value)
@@ -92,7 +94,8 @@ def _check_lengths(record):
 def check_record(
     record:dict, # what a file held
 ):
-    "Raise `ValueError` with the field that is missing, or that holds what it cannot."
-    try: _valid()(record)
-    except fastjsonschema.JsonSchemaValueException as e: raise ValueError(_in_words(e)) from None
+    "Raise `ValueError` for a field that is missing or holds what it cannot, `ImportError` without fastjsonschema."
+    valid = _valid()
+    try: valid(record)
+    except ValueError as e: raise ValueError(_in_words(e)) from None
     _check_lengths(record)
