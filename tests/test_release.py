@@ -58,7 +58,8 @@ def test_the_metadata_says_what_users_and_tools_need(built):
         assert any(o.startswith(folder) and o.endswith('LICENSE') for o in f.namelist())
     assert meta['Version'] == learned_relu.__version__ and meta['Requires-Python'] == '>=3.10' and meta['License-Expression'] == 'Apache-2.0'
     assert {'Repository', 'Documentation'} <= {o.split(',')[0] for o in meta.get_all('Project-URL')}
-    assert {re.split('[^a-z]', o)[0] for o in meta.get_all('Requires-Dist') if 'extra' not in o} == {'fastai', 'fastcore', 'torch', 'matplotlib'}
+    needs = {re.split('[^a-z]', o)[0] for o in meta.get_all('Requires-Dist') if 'extra' not in o}
+    assert needs == {'fastai', 'fastcore', 'torch', 'matplotlib', 'filelock'}
     assert set(meta.get_all('Provides-Extra')) == {'bench', 'ray', 'dev'}
     assert any(o.startswith('Development Status') for o in meta.get_all('Classifier')) and meta.get_payload().startswith('# learned_relu')
     commands = re.findall(r'^(learned_relu_\w+) = ', entries, flags=re.M)

@@ -502,7 +502,7 @@ def test_broken_records_are_all_named_and_the_rest_is_built(tmp_path):
     with pytest.raises(SystemExit) as stop: learned_relu_report(tmp_path/'in', out=tmp_path/'out')
     said = stop.value.code
     assert isinstance(said, str), 'which Python prints, and exits with 1'
-    for o in ('error: 3 records', 'half.json is not JSON', 'old.json has format 0', 'short.json has no seed', f'{bad.parent}: '): assert o in said
+    for o in ('error: 3 records', 'half.json is not JSON', 'old.json has format 0', 'short.json: it has no seed', f'{bad.parent}: '): assert o in said
     assert sorted(contents(tmp_path/'out')) == ['bad/report.html', 'bad/table.csv', 'index.html', 'whole/report.html', 'whole/table.csv']
 
 

@@ -55,6 +55,7 @@ def _check_classes(data, path):
     n = sum(o.is_dir() for o in (path/'train').iterdir())
     if n < 2: raise ValueError(f'data is {data!r}, whose train/ has {n} class(es): pass two folders of images or more')
 
+# %% ../../nbs/api/31_bench.data.ipynb #fb619e9b
 def _check_same_classes(halves, classes):
     trained,judged = classes
     only = sorted(judged - trained)

@@ -201,7 +201,7 @@ def _parsed(file):
     try: return toml.loads(file.read_text(encoding='utf-8'))
     except OSError as e:
         raise ValueError(f'recipe is {str(file)!r}, which cannot be read ({e.strerror}): pass a TOML file') from e
-    except (toml.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
+    except (ValueError, RecursionError) as e: raise ValueError(f'{file.name} is not TOML: {e}') from e
 
 def _check_keys(file, found):
     more = 'arms seeds margin measures profile launcher base'.split()

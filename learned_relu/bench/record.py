@@ -173,6 +173,7 @@ def _read(file):
     _check_name(file, record['arm'], record['seed'], record['digest'])
     return record | {k: _numbers(record[k]) for k in _measured if k in record}
 
+# %% ../../nbs/api/31_bench.record.ipynb #1c74828b
 def _add(found, file):
     "Read a record into what was found, by run."
     record = read_record(file)

@@ -61,7 +61,7 @@ def made(
     make:Callable, # writes the library to the path that it is handed
     wait:float=60, # seconds to wait for another process that makes it
 ) -> Path: # the file
-    "A library, made unless it is there. `OSError` where somebody else is at it for longer; raises as `shelf` and `make`."
+    "A library, made unless it is there; `OSError` where another makes it for longer. Raises as `shelf` and `make`."
     if path := found(name): return path
     lock = FileLock(shelf()/f'{name}.lock')
     try:

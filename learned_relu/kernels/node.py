@@ -117,7 +117,8 @@ class Node:
 
     def compile(self):
         "Compile the library, unless it is there; raises what goes wrong."
-        made(library_key(), lambda path: self._compiler.run([*command(), '-o', path]), wait=0) # others need not wait for it
+        def make(path): self._compiler.run([*command(), '-o', path])
+        made(library_key(), make, wait=0) # whoever comes second goes without
 
     def make(self):
         "Compile the library, unless it is there, and load it; raises what goes wrong."
