@@ -24,7 +24,11 @@ from ..plot import curves_of
 from ..profile import STARTS
 
 # %% ../../nbs/api/34_bench.figures.ipynb #ededf08f
-literal = plt.rc_context({'text.parse_math': False}) # names in records are no formulas
+def literal(
+    draw, # a function that draws
+): # the same function
+    "Let names in records be text, whatever they hold: a `$` begins no formula."
+    return plt.rc_context({'text.parse_math': False})(draw)
 
 @literal
 def plot_accuracy(

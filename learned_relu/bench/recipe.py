@@ -229,6 +229,7 @@ def _over(below, above):
 # %% ../../nbs/api/30_bench.recipe.ipynb #6c36930b
 def read_recipe(
     file:str, # a TOML file
+    above:tuple=(), # files whose base this is, directly or not
 ) -> Plan:
     "The recipe in `file`; `ValueError` and `TypeError` name the file and what is wrong in it."
     file = Path(file)
@@ -236,8 +237,8 @@ def read_recipe(
     base = found.pop('base', None)
     if not isinstance(base, (str, type(None))):
         raise TypeError(f'{file.name}: base is {base!r}: pass the name of a file beside it')
-    try: below = read_recipe(file.parent/base) if base else Plan({})
-    except RecursionError: raise ValueError(f'{file.name}: base leads back to the file itself') from None
+    if file.resolve() in above: raise ValueError(f'{file.name}: base leads back to the file itself')
+    below = read_recipe(file.parent/base, (*above, file.resolve())) if base else Plan({})
     _check_keys(file, found)
     arms = found.pop('arms', below.arms)
     if not (isinstance(arms, (list, tuple)) and all(isinstance(o, str) for o in arms)):

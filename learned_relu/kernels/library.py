@@ -22,7 +22,8 @@ from .._files import cache_dir, whole_file
 # %% ../../nbs/api/00_kernels.library.ipynb #bb3fca98
 def _check_own(path):
     about = path.stat()
-    if about.st_uid != os.getuid(): raise OSError(f'{path} belongs to another user, so nothing of it is run')
+    mine = getattr(os, 'getuid', lambda: about.st_uid)() # not on Windows
+    if about.st_uid != mine: raise OSError(f'{path} belongs to another user, so nothing of it is run')
     if about.st_mode & 0o022: raise OSError(f'{path} can be written by other users, so nothing of it is run')
 
 def _digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

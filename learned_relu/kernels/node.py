@@ -66,19 +66,24 @@ def loaded(
 # %% ../../nbs/api/00_kernels.node.ipynb #40de1001
 class _Compiler:
     "Last in line for the processor, and gone with this process."
-    def __init__(self): self.process = None
+    def __init__(self): self.process,self.over = None,False
 
     def run(self, command):
         quiet = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
         with subprocess.Popen(command, start_new_session=True, **quiet) as self.process:
+            if self.over: self.kill() # it began while the end did
             with suppress(OSError): os.setpriority(os.PRIO_PGRP, self.process.pid, 19)
             self.process.communicate(source)
         if self.process.returncode: raise subprocess.CalledProcessError(self.process.returncode, command)
 
-    def end(self, pid, thread):
-        if os.getpid() != pid: return # a fork, which has no such thread
+    def kill(self):
         if self.process is not None and self.process.poll() is None:
             with suppress(OSError): os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self, pid, thread):
+        if os.getpid() != pid: return # a fork, which has no such thread
+        self.over = True
+        self.kill()
         thread.join(5) # until it has removed what was half made
 
 # %% ../../nbs/api/00_kernels.node.ipynb #01f42013
