@@ -62,7 +62,7 @@ def test_all_of_it_is_on_the_disk_before_it_has_its_name(kind, tmp_path, monkeyp
 
 
 def test_the_error_of_the_writer_is_the_one_that_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr('learned_relu._files._remove', full) # as where another program holds the file
+    monkeypatch.setattr('learned_relu._files.remove', full) # as where another program holds the file
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path/'a') as temp: temp.write_text('half'); 1/0  # noqa: B018
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from learned_relu.functional import learned_relu
 from learned_relu.kernels import build, dispatch
 from learned_relu.kernels import node as room
 from learned_relu.kernels.dispatch import impl, node
+from learned_relu.kernels.library import shelf
 from learned_relu.layers import LearnedRelu
 
 pytestmark = node_possible
@@ -435,6 +437,22 @@ print(begin, flush=True)
         time.sleep(.1)
     else: raise AssertionError('the compiler goes on')
     assert {o.suffix for o in (tmp_path/'cache'/'learned_relu'/'kernels').iterdir()} <= {'.so', '.lock'}
+
+
+def test_who_asks_for_it_waits_for_another_who_makes_it(monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    mine = room.Node(None)
+    monkeypatch.setattr(mine._compiler, 'run', lambda command: Path(command[-1]).write_text('made'))
+    hold = 'import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print("held", flush=True); sys.stdin.read()'
+    held = [sys.executable, '-c', hold, shelf()/f'{room.library_key()}.lock']
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'held\n'
+        with pytest.raises(OSError, match='another process has been compiling for 0 seconds'): mine.compile(wait=0)
+        later = Timer(1, other.stdin.close)
+        later.start()
+        mine.compile()
+        later.join()
+    assert room.found(room.library_key()).read_text() == 'made'
 
 
 def alive(pid):

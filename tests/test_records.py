@@ -22,7 +22,7 @@ RECORDS = Path(__file__).parents[1]/'benchmarks'/'records'/'accuracy'
 FOLDER = RECORDS/'2026-11-26-digits-small'
 RECIPES = RECORDS.parents[1]/'recipes'
 ODD = [None, True, -1, 0, 1, 1.5, 1e300, 10**400, math.nan, math.inf, '', 'x', '../../x', '/tmp/x', '$x_1$', '<b>', '=1+1', 'a\nb', '\x1b[2J',
-       'ä'*300, [], ['x'], [[]], {}, {'x': {}}]
+       'ä'*300, 'm.' + 'Ä'*100, [], ['x'], [[]], {}, {'x': {}}]
 GONE = object()
 
 

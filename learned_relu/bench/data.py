@@ -77,10 +77,7 @@ def _usable(file):
     if not file.is_file(): return False # a pipe, for one, which would be waited for
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
-        try:
-            with Image.open(file): pass
-        except Exception: return False
-    return verify_image(file)
+        return verify_image(file)
 
 def find_images(
     data:str, # 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/` or `valid/`

@@ -227,18 +227,14 @@ def _over(below, above):
     return below | above
 
 # %% ../../nbs/api/30_bench.recipe.ipynb #6c36930b
-def read_recipe(
-    file:str, # a TOML file
-    above:tuple=(), # files whose base this is, directly or not
-) -> Plan:
-    "The recipe in `file`; `ValueError` and `TypeError` name the file and what is wrong in it."
-    file = Path(file)
+def _plan(file, above):
+    "The recipe in a file, which is the base of those above, directly or not."
     found = _parsed(file)
     base = found.pop('base', None)
     if not isinstance(base, (str, type(None))):
         raise TypeError(f'{file.name}: base is {base!r}: pass the name of a file beside it')
     if file.resolve() in above: raise ValueError(f'{file.name}: base leads back to the file itself')
-    below = read_recipe(file.parent/base, (*above, file.resolve())) if base else Plan({})
+    below = _plan(file.parent/base, (*above, file.resolve())) if base else Plan({})
     _check_keys(file, found)
     arms = found.pop('arms', below.arms)
     if not (isinstance(arms, (list, tuple)) and all(isinstance(o, str) for o in arms)):
@@ -260,6 +256,12 @@ def read_recipe(
     try: Recipe(**recipe)
     except (TypeError, ValueError) as e: raise type(e)(f'{file.name}: {e}') from e
     return Plan(recipe, tuple(arms), seeds, margin, tuple(measures), profile, launcher)
+
+def read_recipe(
+    file:str, # a TOML file
+) -> Plan:
+    "The recipe in `file`; `ValueError` and `TypeError` name the file and what is wrong in it."
+    return _plan(Path(file), ())
 
 small = Plan(dict(model='learned_relu.bench.small:small_net', size=14, epochs=6), seeds=12, margin=.5,
              measures=('accuracy', 'valid_loss')) # of the digits, where nobody says otherwise

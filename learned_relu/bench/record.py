@@ -143,11 +143,7 @@ def _json(file):
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{file.name} is not JSON ({e}): move it away, and its run is made again') from e
 
-def _check_name(file, arm, seed, digest):
-    older = re.sub(r'[^A-Za-z0-9.]+', '_', arm)
-    name = record_name(arm, seed, digest)
-    if file.name in (name, f'{older}-seed{seed}-{digest}.json'): return
-    raise ValueError(f'{file.name} holds the run of {arm}, seed {seed}: call it {name}, or move it away')
+def _older_name(arm, seed, digest): return f'{re.sub(r"[^A-Za-z0-9.]+", "_", arm)}-seed{seed}-{digest}.json'
 
 def _numbers(o):
     "NaN again where `_finite` left nothing."
@@ -168,9 +164,13 @@ def _read(file):
     found = record.get('format') if isinstance(record, dict) else None
     if found != FORMAT: raise ValueError(f'{file.name} has format {found!r:.40}, this version reads {FORMAT}: '
                                          'move it away, or read it with the version that wrote it')
-    try: check_record(record)
+    try:
+        check_record(record)
+        run = record['arm'],record['seed'],record['digest']
+        names = record_name(*run),_older_name(*run)
     except ValueError as e: raise ValueError(f'{file.name}: {e}. Move it away, and its run is made again') from None
-    _check_name(file, record['arm'], record['seed'], record['digest'])
+    if file.name not in names:
+        raise ValueError(f'{file.name} holds the run of {run[0]}, seed {run[1]}: call it {names[0]}, or move it away')
     return record | {k: _numbers(record[k]) for k in _measured if k in record}
 
 # %% ../../nbs/api/31_bench.record.ipynb #1c74828b

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .._files import cache_dir, whole_file
+from .._files import cache_dir, remove, whole_file
 
 # %% ../../nbs/api/00_kernels.library.ipynb #bb3fca98
 def _check_own(path):
@@ -27,10 +27,6 @@ def _check_own(path):
     if about.st_mode & 0o022: raise OSError(f'{path} can be written by other users, so nothing of it is run')
 
 def _digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-def _remove(path):
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
 
 def shelf() -> Path:
     "The directory of the libraries, made for this user alone; `OSError` where it cannot be, or is somebody else's."
@@ -54,13 +50,13 @@ def found(
         if path.is_file():
             _check_own(path)
             if path.stem.rpartition('-')[2] == _digest(path): return path
-        _remove(path)
+        remove(path)
 
 # %% ../../nbs/api/00_kernels.library.ipynb #561d1cab
 def made(
     name:str, # as `key` returned it
     make:Callable, # writes the library to the path that it is handed
-    wait:float=60, # seconds to wait for another process that makes it
+    wait:float=60, # seconds to wait for another process that makes it; -1 for as long as it takes
 ) -> Path: # the file
     "A library, made unless it is there; `OSError` where another makes it for longer. Raises as `shelf` and `make`."
     if path := found(name): return path
@@ -72,7 +68,7 @@ def made(
 
 def _make(name, make):
     place = shelf()/f'{name}.making'
-    _remove(place) # of a process that was killed
+    remove(place) # of a process that was killed
     place.mkdir()
     try:
         new = place/'new.so'

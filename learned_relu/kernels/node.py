@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.machinery import ExtensionFileLoader
 from importlib.resources import files
 from importlib.util import module_from_spec, spec_from_loader
@@ -106,7 +107,8 @@ class Node:
         call = next(self._calls)
         if call == 1: self._try(self.load)
         elif call == ENOUGH:
-            thread = Thread(target=self._try, args=(self.make,), daemon=True)
+            make = partial(self.make, wait=0) # a second process goes without
+            thread = Thread(target=self._try, args=(make,), daemon=True)
             atexit.register(self._compiler.end, os.getpid(), thread)
             thread.start()
 
@@ -120,12 +122,16 @@ class Node:
         if path: self.curve = loaded(path, self.otherwise)
         return path is not None
 
-    def compile(self):
+    def compile(self,
+        wait:float=-1, # seconds to wait for another process that is at it; -1 for as long as it takes
+    ):
         "Compile the library, unless it is there; raises what goes wrong."
         def make(path): self._compiler.run([*command(), '-o', path])
-        made(library_key(), make, wait=0) # whoever comes second goes without
+        made(library_key(), make, wait)
 
-    def make(self):
+    def make(self,
+        wait:float=-1, # as for `compile`
+    ):
         "Compile the library, unless it is there, and load it; raises what goes wrong."
-        self.compile()
+        self.compile(wait)
         self.load()

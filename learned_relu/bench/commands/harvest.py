@@ -62,7 +62,7 @@ def learned_relu_harvest(
         found = _chosen(by_digest, arm, digest, seeds and seeds_of(seeds))
         profile = harvest(found)
         file = save_profile(profile, out)
-    except (ValueError, TypeError) as e: raise SystemExit(f'error: {printable(str(e))}') from e
+    except (ValueError, TypeError, ImportError) as e: raise SystemExit(f'error: {printable(str(e))}') from e
     told = stability(found).round(4).to_string(index=False)
     print(profile, told, file, sep='\n\n')
     said = f'error: {len(wrong)} records cannot be read, and are left out:'
