@@ -51,7 +51,7 @@ class _Seen:
     def __call__(self, m, args, out):
         self.calls += 1
         self.dims.add(out.ndim)
-        if isinstance(m, ActLayer): self.bound |= bool(m.clipped(out).any())
+        if isinstance(m, ActLayer): self.bound |= bool((m.clipped(out) | out.isnan()).any())
 
 def _run(model, acts, sample):
     seen = {m: _Seen() for m in acts}

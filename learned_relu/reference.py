@@ -119,11 +119,11 @@ def shifted(
     return torch.where(x > 0, x, leak * negative_part(x, leak)) - sub
 
 def visible(
-    sub:Tensor, # shift, in a shape that broadcasts over the input
-    maxv:Tensor, # cap, likewise
-) -> Tensor: # `sub`, NaN where `maxv` is: nothing is below NaN, so that such a cap would clip nothing, in silence
-    "The shift that shows a cap which is no number."
-    return torch.where(maxv.isnan(), sub + torch.nan, sub)
+    shown:Tensor, # a shift, or what stands beyond an edge, in a shape that broadcasts over the input
+    edge:Tensor, # cap or edge, likewise
+) -> Tensor: # `shown`, NaN where `edge` is: nothing is beyond NaN, so that such an edge would do nothing, in silence
+    "What shows an edge that is no number."
+    return torch.where(edge.isnan(), shown + torch.nan, shown)
 
 def learned_relu_reference(
     x:Tensor, # activations, any shape with `channel_dim`, floating point

@@ -44,19 +44,23 @@ def steps_of(
     finally: act.training = was
     if curve is LearnedRelu.curve: return _relu(v, bound, shifted)
     if curve is SymmetricClip.curve: return [Step('cap', plain(v['cutoff'])), Step('floor', plain(-v['cutoff']))]
-    if curve is LearnedThreshold.curve: return [Step('threshold', plain(v['threshold']), plain(v['value']))]
+    if curve is LearnedThreshold.curve: return _replaced('threshold', v['threshold'], v['value'])
     if curve is not LearnedClip.curve: return None
     low,edge = [Step('floor', plain(v['low']))] if 'low' in v else [],v['cutoff']
     if 'value' not in v and not act.positive_only: return [Step('cap', plain(edge)), *low]
     if act.positive_only: edge = edge.clamp_min(torch.finfo(edge.dtype).tiny)
-    return [Step('replace', plain(edge), plain(v.get('value', v['cutoff']))), *low]
+    return [*_replaced('replace', edge, v.get('value', v['cutoff'])), *low]
+
+def _replaced(name, edge, fill): # nothing is beyond NaN: subtracted, it shows
+    lost = [Step('sub', plain(edge.where(edge.isnan(), 0)))] if edge.isnan().any() else []
+    return [*lost, Step(name, plain(edge), plain(fill))]
 
 def _relu(v, bound, shifted):
     leak,sub,maxv = v['leak'],v['sub'],v['maxv']
     if not shifted: sub,maxv = torch.zeros_like(sub),maxv + sub
     res = [Step('leak', plain(leak))] if (leak != 1).any() else []
     if (sub != 0).any(): res.append(Step('sub', plain(sub)))
-    if bound and (maxv < torch.finfo(maxv.dtype).max).any(): res.append(Step('cap', plain(maxv)))
+    if bound and not (maxv >= torch.finfo(maxv.dtype).max).all(): res.append(Step('cap', plain(maxv)))
     return res
 
 # %% ../nbs/api/06_standard.ipynb #61716c3c

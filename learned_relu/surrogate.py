@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ._torch import forward_mode, reverse_transform
-from .reference import channel_shape, check_input, lined_up, param_grad
+from .reference import channel_shape, check_input, lined_up, param_grad, visible
 
 # %% ../nbs/api/01_surrogate.ipynb #40712187
 def _overridable(f): # what stands for a tensor, as a proxy of torch.fx, gives the result
@@ -102,7 +102,8 @@ def edge_window(
     "Triangle of area 1 around 0 and 0 beyond `width`, also for infinite and NaN distances."
     return torch.where(d.abs() < width, 1 - d.abs()/width, 0)/width
 
-def _beyond(x, edge, upper, positive):
+def _beyond(x, edge, upper, positive): # everything is, where the edge is no number
+    edge = torch.where(edge.isnan(), -torch.inf if upper else torch.inf, edge)
     res = x >= edge if upper else x <= edge
     return res & (x > 0) if positive else res
 
@@ -118,7 +119,7 @@ class _Replace(torch.autograd.Function):
     @staticmethod
     def forward(x, edge, fill, upper, positive, width, channel_dim):
         e,f = lined_up(x, channel_dim, edge=edge, fill=fill)
-        return torch.where(_beyond(x, e, upper, positive), f, x)
+        return torch.where(_beyond(x, e, upper, positive), visible(f, e), x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -144,7 +145,7 @@ class _Replace(torch.autograd.Function):
 # %% ../nbs/api/01_surrogate.ipynb #7d1f0c21
 def _by_operations(x, edge, fill, upper, positive, width, channel_dim):
     e,f = lined_up(x, channel_dim, edge=edge, fill=fill)
-    y = torch.where(_beyond(x, e, upper, positive), f, x)
+    y = torch.where(_beyond(x, e, upper, positive), visible(f, e), x)
     if not width: return y
     near,jump = _at_edge(x.detach(), e.detach(), f.detach(), upper, positive, width)
     return y + (near*jump).to(x.dtype)*(e - e.detach())

@@ -67,6 +67,17 @@ def test_nan_passes_and_infinities_are_cut(curve):
     assert all(o.isfinite().all() for o in grad(y.sum(), [x, a, b], allow_unused=True) if o is not None)
 
 
+@pytest.mark.parametrize('curve', [*CURVES.values(), lambda x, a, b, d: learned_clip(x, b, low=a, channel_dim=d)], ids=[*CURVES, 'only low'])
+def test_an_edge_that_is_no_number_shows_in_every_form(curve):
+    x, (a, b) = torch.randn(2, 3, 4).abs().double(), [o.detach() for o in per_channel(.6, .5)]
+    clean, want = curve(x, a, b, 1), torch.zeros(2, 3, 4, dtype=torch.bool)
+    want[:, 1] = True
+    lost = tensor([a[0], nan, a[2]], dtype=a.dtype)
+    def f(x): return curve(x, lost, b, 1)
+    for y in f(x), torch.func.jvp(f, (x,), (x,))[0], torch.jit.trace(f, x)(x), torch.compile(f, backend='aot_eager')(x):
+        assert torch.equal(y.isnan(), want) and torch.equal(y[~want], clean[~want])
+
+
 def test_the_gradient_of_an_edge_is_finite_at_infinity_and_nan():
     x, t = tensor([inf, -inf, nan, 1.]), tensor(.6, requires_grad=True)
     assert grad(learned_clip(x, t, tensor(.5), width=1.).sum(), t)[0] == pytest.approx(.5*.6)
