@@ -124,6 +124,8 @@ def bn_learned_relu(
         raise ValueError(f'x has shape {tuple(x.shape)}, one value per channel: training needs more to normalise by')
     if not training and running_mean is None:
         raise ValueError('running_mean is None: pass running statistics, or training=True')
+    # PyTorch's backward reads a strided weight as if it were not, wherever the input's channels lie last
+    weight,bias = (o if o is None else o.contiguous() for o in (weight, bias))
     params,running,how = (leak, sub, maxv),(running_mean, running_var),(training, momentum, eps)
     def apart(): return learned_relu(F.batch_norm(x, *running, weight, bias, *how), *params)
     if transformed() or x.numel() == 0: return apart()

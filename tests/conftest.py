@@ -2,9 +2,11 @@
 import shutil
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from learned_relu.kernels.build import kernels
@@ -23,6 +25,16 @@ def no_figure_stays_open():
 def without_node(monkeypatch):
     "The curve without a native node, whether or not one was loaded"
     monkeypatch.setattr(node, 'curve', lambda *_: None)
+
+
+@pytest.fixture(scope='session')
+def internals():
+    "What PyTorch tests itself with, which may move"
+    try:
+        from torch.testing._internal import common_modules, common_utils, composite_compliance, optests
+        torch.backends.__dict__['__allow_nonbracketed_mutation_flag'] = True  # as it was before that import
+        return SimpleNamespace(modules=common_modules, utils=common_utils, composite=composite_compliance, optests=optests)
+    except Exception as e: pytest.skip(f'the internals of torch {torch.__version__} have moved, or what they need is missing: {e}')
 
 
 @pytest.fixture(scope='module')

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._torch import address
 from .library import key, made
 
 # %% ../../nbs/api/00_kernels.build.ipynb #91eb2e70
@@ -49,7 +50,7 @@ def pointer(
     if t.untyped_storage().nbytes() < (t.nbytes + before*t.element_size() if before else t.nbytes):
         raise ValueError(f'A tensor of shape {tuple(t.shape)} and dtype {t.dtype} has a storage of '
                          f'{t.untyped_storage().nbytes()} bytes: its memory was freed or resized while it was in use')
-    return t.data_ptr()
+    return address(t)
 
 # %% ../../nbs/api/00_kernels.build.ipynb #3d32e68a
 _names = {torch.float32: 'float', torch.float64: 'double', torch.bfloat16: 'bfloat16'}

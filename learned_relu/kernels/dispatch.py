@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .._torch import in_memory, transformed
+from .._torch import forward_mode, in_memory, transformed
 from . import cpu, eager
 from .layout import layout_for, with_strides
 from .node import Node
@@ -176,10 +176,10 @@ def curve(
         if y is not None: return y
     if name is None and transformed(): return learned_relu_reference(x, *params, channel_dim)
     name = chosen() if name is None else _checked(name)
-    memory = None if name == 'reference' else in_memory(x, *params)
+    memory = None if name == 'reference' or forward_mode() else in_memory(x, *params)
     if memory is None:
         y = learned_relu_reference(x, *params, channel_dim) # which says what is wrong with them, if anything is
-        if name == 'kernel': raise ValueError(_none.format('what has no memory of its own'))
+        if name == 'kernel': raise ValueError(_none.format('what has no memory of its own or carries a tangent'))
         return y
     check_input(x)
     num = check_parameters(x, *params, channel_dim)
