@@ -27,6 +27,13 @@ def without_node(monkeypatch):
     monkeypatch.setattr(node, 'curve', lambda *_: None)
 
 
+@pytest.fixture
+def tried(record_property):
+    "Note how many times something was done to the library, by what was done: what `--junitxml` keeps, the page on reliability adds up"
+    def note(what, value): record_property(f'tried {what}', value)
+    return note
+
+
 @pytest.fixture(scope='session')
 def internals():
     "What PyTorch tests itself with, which may move"

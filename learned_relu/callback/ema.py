@@ -10,7 +10,7 @@ __all__ = ['EMAActParams']
 # %% ../../nbs/api/22_callback.ema.ipynb #df745c87
 import warnings
 
-from ..averages import check_decay, update_averages
+from ..averages import check_decay, mend_averages, update_averages
 from .core import ActCallback, act_order
 from ..params import act_layers
 
@@ -42,3 +42,9 @@ class EMAActParams(ActCallback):
 
     def stepped(self):
         if self.epoch >= self.start_epoch: update_averages(self._layers, self.decay, self.warm_up)
+
+    def after_train(self):
+        "Begin averages that are not finite anew, which no step would ever mend, and say so."
+        if lost := mend_averages(self._layers):
+            warnings.warn(f'{lost} averages of activation parameters were not finite and begin anew from the '
+                          'parameters: look for what wrote them', stacklevel=2)
