@@ -27,11 +27,11 @@ def without_node(monkeypatch):
     monkeypatch.setattr(node, 'curve', lambda *_: None)
 
 
-@pytest.fixture
-def tried(record_property):
-    "Note how many times something was done to the library, by what was done: what `--junitxml` keeps, the page on reliability adds up"
-    def note(what, value): record_property(f'tried {what}', value)
-    return note
+def pytest_runtest_setup(item):
+    "What a test does to the library and how often, `tried(what, n)`: kept by --junitxml, added up by tools/reliability.py"
+    for mark in item.iter_markers('tried'):
+        what, n = (*mark.args, 1)[:2]
+        item.user_properties.append((f'tried: {what}', item.callspec.params[n] if isinstance(n, str) else n))
 
 
 @pytest.fixture(scope='session')

@@ -160,6 +160,7 @@ class NaN(Callback):
         if self.where == 'gradient' and self.train_iter == 4: self.model[1].leak.grad[2] = math.nan
 
 
+@pytest.mark.tried('a number that is not finite in a fit')
 @pytest.mark.parametrize('where', ['value', 'gradient'])
 @pytest.mark.parametrize('averages', [True, False])
 @wrapped_opts

@@ -91,6 +91,7 @@ def test_parameters_of_another_dtype_are_rounded_as_the_input_is(dtype, other, s
         assert torch.equal(a.to(dtype), b) or torch.equal(a, b.to(other)), 'summed once, rounded as the parameter'
 
 
+@pytest.mark.tried('random inputs, their values and gradients', 100)
 @settings(max_examples=100, deadline=None)
 @given(shape=st.lists(st.integers(1, 13), min_size=1, max_size=4), data=st.data(), last=st.booleans(), slope=st.sampled_from(list(SLOPES)))
 def test_any_shape(shape, data, last, slope):

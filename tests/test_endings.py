@@ -98,6 +98,7 @@ def left(learn, cbs):
         attributes=any(k in vars(o) for o in ours for k in o.fleeting)).items() if is_left]
 
 
+@pytest.mark.tried('an exception or a cancellation in an event of a fit', 144)
 @pytest.mark.parametrize('which,opt,order', SETS)
 def test_nothing_outlives_a_fit(which, opt, order):
     cbs = CALLBACKS[which]()
@@ -121,6 +122,7 @@ def test_nothing_outlives_a_fit(which, opt, order):
     assert len(EVENTS)*len(ENDS) == 144
 
 
+@pytest.mark.tried('an exception or a cancellation in an event of a fit', 16)
 @pytest.mark.parametrize('end', [KeyboardInterrupt, ValueError])
 def test_callbacks_of_one_fit_leave_with_it(end):
     learn = make()

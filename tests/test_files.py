@@ -34,6 +34,7 @@ def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 kinds = pytest.mark.parametrize('kind', ['file', 'directory'])
 
 
+@pytest.mark.tried('a disk that is full or refuses')
 @kinds
 @pytest.mark.parametrize('name', ['fsync', 'replace'])
 def test_where_the_system_fails_nothing_is_there(name, kind, tmp_path, monkeypatch):
@@ -42,6 +43,7 @@ def test_where_the_system_fails_nothing_is_there(name, kind, tmp_path, monkeypat
     assert names(tmp_path) == []
 
 
+@pytest.mark.tried('a disk that is full or refuses')
 @pytest.mark.parametrize('name', ['fsync', 'replace'])
 def test_where_the_system_fails_the_old_file_stays(name, tmp_path, monkeypatch):
     (tmp_path/'a').write_text('old')
@@ -67,6 +69,7 @@ def test_the_error_of_the_writer_is_the_one_that_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='there is no SIGKILL')
+@pytest.mark.tried('a process or a machine killed')
 @kinds
 def test_a_killed_writer_leaves_no_file_and_the_next_one_alone_tidies_up(kind, tmp_path):
     (tmp_path/'a').mkdir(); (tmp_path/'a.kept.json').touch()

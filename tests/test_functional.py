@@ -73,12 +73,19 @@ def test_parameters_of_different_shapes(curve):
 finite = st.floats(-50, 50, width=32)
 
 
+@pytest.mark.tried('random inputs, their values and gradients', 'n')
+@pytest.mark.parametrize('n', [200, pytest.param(4000, marks=pytest.mark.slow)])
 @CURVES
-@settings(max_examples=200, deadline=None)
-@example(xs=[-1.], leak=torch.tensor(1e-3).item(), sub=1., maxv=0.)  # a slope that is barely divided by
-@given(xs=st.lists(finite, min_size=1, max_size=40), leak=st.floats(0, 1, width=32), sub=st.floats(-2, 2, width=32),
-       maxv=st.floats(-1, 20, width=32))
-def test_any_numbers_agree_with_the_reference(curve, xs, leak, sub, maxv):
+def test_any_numbers_agree_with_the_reference(curve, n):
+    @settings(max_examples=n, deadline=None)
+    @example(xs=[-1.], leak=torch.tensor(1e-3).item(), sub=1., maxv=0.)  # a slope that is barely divided by
+    @given(xs=st.lists(finite, min_size=1, max_size=40), leak=st.floats(0, 1, width=32), sub=st.floats(-2, 2, width=32),
+           maxv=st.floats(-1, 20, width=32))
+    def agree(xs, leak, sub, maxv): agrees(curve, xs, leak, sub, maxv)
+    agree()
+
+
+def agrees(curve, xs, leak, sub, maxv):
     x = torch.tensor(xs).requires_grad_()
     ps = [torch.tensor([o]).requires_grad_() for o in (leak, sub, maxv)]
     y, want = curve(x[None], *ps), learned_relu_reference(x[None], *ps)

@@ -22,6 +22,7 @@ def child(*args, **env):
     return subprocess.run([sys.executable, '-W', 'ignore', *args], env=os.environ | env, capture_output=True, text=True)
 
 
+@pytest.mark.tried('a tensor without ordinary memory', 250)
 @pytest.mark.parametrize('form', ['python', pytest.param('node', marks=node_possible)])
 def test_every_kind_of_tensor_in_every_role(form):
     done = child(HERE/'gate_cases.py', form)

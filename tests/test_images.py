@@ -91,6 +91,7 @@ def test_after_the_first_time_no_file_is_decoded(folder, tmp_path, monkeypatch, 
     assert capsys.readouterr().out == ''
 
 
+@pytest.mark.tried('a process or a machine killed')
 def test_a_killed_decode_leaves_nothing_that_looks_finished(tmp_path):
     path, files, mark = find_images(pictures(tmp_path/'p', 48, (400, 500)))
     child = subprocess.Popen([sys.executable, '-c', SLOWLY, path, tmp_path/'c'], stdout=subprocess.PIPE, text=True)
@@ -112,6 +113,7 @@ def test_two_processes_at_once_decode_once(tmp_path):
     same(decode_images(path, files, mark, tmp_path/'c'), files)
 
 
+@pytest.mark.tried('a file damaged, cut or foreign')
 @pytest.mark.parametrize('harm,words', [
     (lambda b: b[:-1], 'bytes instead of'), (lambda b: b[:70], 'damaged index'), (lambda b: b + b'more', 'bytes instead of'),
     (lambda b: b'', 'other images'), (lambda b: b'GIF89a' + b[6:], 'other images'),
@@ -143,6 +145,7 @@ ODD = dict(fifo=lambda d: os.mkfifo(d/'x.png'), empty=lambda d: (d/'x.png').touc
            bomb=lambda d: bomb(d/'x.png', 10_000), cut=lambda d: (d/'x.png').write_bytes((d/'0.jpg').read_bytes()[:200]))
 
 
+@pytest.mark.tried('an image that is none')
 @pytest.mark.parametrize('what', ODD)
 def test_what_is_no_image_is_named_or_left_out_and_never_waited_for(what, tmp_path):
     path = pictures(tmp_path/'p', 12)
@@ -171,6 +174,7 @@ def test_a_class_that_is_only_judged_on_is_named(tmp_path):
     with pytest.raises(ValueError, match="val/ has images of '<c>', which train/ does not have"): find_images(path)
 
 
+@pytest.mark.tried('a hostile name')
 @pytest.mark.parametrize('name', ['$x_1$', '<b>', '=1+1', 'a\nb', '\x1b[2J', '\u202eabc', 'ä'*100, "it's", 'a"b', 'a;b', ' '])
 def test_folders_of_any_name(name, tmp_path):
     path = pictures(tmp_path/name, 12)
@@ -182,6 +186,7 @@ def test_folders_of_any_name(name, tmp_path):
     assert len(list(source.dls(2).train)) > 1
 
 
+@pytest.mark.tried('a file damaged, cut or foreign', 63)
 def test_one_flipped_bit_is_noticed_and_mended_wherever_it_is(folder, tmp_path, capsys):
     path, files, mark = find_images(folder)
     images = decode_images(path, files, mark, tmp_path)
@@ -212,6 +217,7 @@ def test_an_image_that_changed_but_kept_its_length_is_decoded_again(tmp_path, ca
     assert 'is of other images, so it is written again' in capsys.readouterr().out
 
 
+@pytest.mark.tried('a disk that is full or refuses')
 @pytest.mark.parametrize('when', ['before', 'while writing'])
 def test_a_full_disk_is_refused_in_words(folder, tmp_path, monkeypatch, when):
     path, files, mark = find_images(folder)
@@ -243,11 +249,13 @@ def test_short_writes_are_completed(folder, tmp_path, monkeypatch):
     same(decode_images(path, files, mark, tmp_path), files)
 
 
+@pytest.mark.tried('a disk that is full or refuses')
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')
 def test_a_disk_that_is_full_only_when_a_file_is_closed_is_noticed():
     with pytest.raises(OSError, match='No space left'): cache._write('/dev/full', b'x', 0)
 
 
+@pytest.mark.tried('an image that is none')
 @pytest.mark.parametrize('how', ['not an image', 'cut short'])
 def test_an_unreadable_image_is_named(tmp_path, how):
     path, files, mark = find_images(pictures(tmp_path/'p', 12, (100, 120)))
@@ -256,6 +264,7 @@ def test_an_unreadable_image_is_named(tmp_path, how):
     assert not list((tmp_path/'c').glob('*.tmp'))
 
 
+@pytest.mark.tried('a disk that is full or refuses')
 def test_a_directory_that_cannot_be_written_is_named(folder, tmp_path):
     (tmp_path/'file').write_text('')
     with pytest.raises(ValueError, match='file/images cannot be written .*XDG_CACHE_HOME'):

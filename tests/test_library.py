@@ -48,6 +48,7 @@ def harmed(path, whole, rng):
     yield 'removed', path.unlink
 
 
+@pytest.mark.tried('a file damaged, cut or foreign', 13)
 @compiled
 def test_a_damaged_library_is_noticed_and_made_again(fresh, place):  # noqa: F811
     path = build.compiled(COMPILER)
@@ -60,6 +61,7 @@ def test_a_damaged_library_is_noticed_and_made_again(fresh, place):  # noqa: F81
         assert path.read_bytes() == whole and found(name) == path, what
 
 
+@pytest.mark.tried('a file damaged, cut or foreign')
 @compiled
 @pytest.mark.parametrize('n', [1000, 30_000])
 def test_a_file_that_was_cut_does_not_end_the_process(fresh, place, n):  # noqa: F811
@@ -77,6 +79,7 @@ def script(tmp_path, text):
     return str(path)
 
 
+@pytest.mark.tried('a compiler that fails')
 @pytest.mark.parametrize('text,said', [
     ('echo "Paramètre inconnu: é" >&2; exit 1', 'failed: Param.tre inconnu'), ('exec sleep 600', 'took longer than 1 seconds'),
     ('exit 0', 'it ended well and wrote nothing'), ('while [ "$1" != -o ]; do shift; done; cat > "$2"', 'invalid ELF header'),
@@ -90,6 +93,7 @@ def test_a_compiler_that_does_not_work_is_tried_once_and_named(fresh, place, tmp
     assert not list(place.glob('*.making'))
 
 
+@pytest.mark.tried('a compiler that fails')
 @pytest.mark.parametrize('command,said', [("g++ '", 'which is no command'), ('/nowhere/cc', 'No such file'), ('/', 'ermission')])
 def test_a_command_that_is_none(fresh, place, monkeypatch, command, said):  # noqa: F811
     monkeypatch.setenv('CXX', command)
@@ -125,6 +129,7 @@ def test_many_processes_compile_once(place, tmp_path, n):
     assert (tmp_path/'times').read_text() == 'x\n' and len(list(place.glob('*.so'))) == 1
 
 
+@pytest.mark.tried('a process or a machine killed')
 def test_one_that_was_killed_leaves_the_next_one_free(place, tmp_path):
     name = key('slow', 'source')
     code = 'import sys, time; from learned_relu.kernels.library import made\n' \

@@ -91,6 +91,7 @@ def test_every_combination_of_gradients(need, slope):
         if any(need): assert taken
 
 
+@pytest.mark.tried('random inputs, their values and gradients', 200)
 @settings(max_examples=200, deadline=None)
 @given(shape=st.lists(st.integers(1, 13), min_size=0, max_size=5), data=st.data(), last=st.booleans(), dtype=st.sampled_from(DTYPES),
        slope=st.sampled_from(list(SLOPES)))

@@ -125,11 +125,13 @@ def killed_through(cluster, source, local, out, rng, kinds):
     return n
 
 
+@pytest.mark.tried('a process or a machine killed', 2)
 def test_a_worker_and_a_node_that_are_killed_change_nothing(cluster, local, source, tmp_path):
     assert killed_through(cluster, source, local, tmp_path, random.Random(0), ['node', 'worker']) == 2
 
 
 @pytest.mark.slow
+@pytest.mark.tried('a process or a machine killed', 20)
 def test_many_that_are_killed_change_nothing(cluster, local, source, tmp_path):
     n, rng = 0, random.Random(1)
     for i in range(40):
@@ -151,6 +153,7 @@ def until(process, line):
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.tried('a process or a machine killed', 'n')
 @pytest.mark.parametrize('n', [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_driver_that_is_killed_loses_only_what_ran(cluster, local, tmp_path, n):
     rng = random.Random(n)

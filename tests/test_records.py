@@ -60,7 +60,7 @@ def file_of(record, folder):
 
 
 @pytest.mark.parametrize('every', [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_record_with_any_field_changed_is_refused_in_a_sentence_or_makes_a_table(every, tmp_path):
+def test_a_record_with_any_field_changed_is_refused_in_a_sentence_or_makes_a_table(every, tmp_path, record_property):
     (first, *others), taken = records(), []
     few = *list(first['activation'])[:1], 'step', 'mean', 'layer'  # of many that are alike
     at = [o for o in places(first) if o[0] not in ('activation', 'telemetry') or len(o) < 2 or o[1] in few]
@@ -70,6 +70,7 @@ def test_a_record_with_any_field_changed_is_refused_in_a_sentence_or_makes_a_tab
         try: taken.append((where, to, read_record(file)))
         except ValueError as e: assert 'json' in str(e) and len(str(e)) < 1000 and str(e).isprintable(), (where, to)
         file.unlink()
+    record_property('tried: a record, profile or recipe changed', len(cases))
     assert len(cases) > 2000/every and len(taken) < len(cases)/2
     for where, to, record in taken[::every]:
         with warnings.catch_warnings():
@@ -79,18 +80,19 @@ def test_a_record_with_any_field_changed_is_refused_in_a_sentence_or_makes_a_tab
 
 
 @pytest.mark.parametrize('every', [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_profile_with_anything_changed_is_refused_in_a_sentence_or_read(every, tmp_path):
+def test_a_profile_with_anything_changed_is_refused_in_a_sentence_or_read(every, tmp_path, record_property):
     whole, file, tried = json.loads((RECORDS/'2026-11-26-digits-mlp-search'/'profiles'/'round-1.json').read_text()), tmp_path/'p.json', 0
     for at, to in [(at, to) for at in places(whole) for to in (GONE, *ODD)][::every]:
         file.write_text(json.dumps(changed(whole, at, to)))
         tried += 1
         try: assert all(math.isfinite(v) for o in load_profile(file).values().values() for v in o.values()), (at, to)
         except ValueError as e: assert 'p.json' in str(e), (at, to)
+    record_property('tried: a record, profile or recipe changed', tried)
     assert tried > 1900/every
 
 
 @pytest.mark.parametrize('every', [17, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_recipe_with_anything_changed_is_refused_in_a_sentence_or_read(every, tmp_path):
+def test_a_recipe_with_anything_changed_is_refused_in_a_sentence_or_read(every, tmp_path, record_property):
     names, file = [o.name for o in fields(Recipe)], tmp_path/'r.toml'
     names += 'launcher profile base arms seeds margin measures other'.split()
     all_ = [dict(read_recipe(o).recipe) for o in sorted(RECIPES.glob('*.toml'))]
@@ -99,15 +101,18 @@ def test_a_recipe_with_anything_changed_is_refused_in_a_sentence_or_read(every, 
         file.write_text(tomli_w.dumps(recipe | {k: to}))
         try: assert isinstance(planned(file, {})[0], Recipe)
         except (TypeError, ValueError) as e: assert 'r.toml' in str(e) or k == 'base', (k, to)
+    record_property('tried: a record, profile or recipe changed', len(cases))
     assert len(cases) > 5000/every
 
 
+@pytest.mark.tried('a record, profile or recipe changed')
 @pytest.mark.parametrize('read,name,text', [(load_profile, 'p.json', '['*100_000), (read_recipe, 'r.toml', 'a = ' + '['*100_000)])
 def test_what_is_too_deep_is_refused(read, name, text, tmp_path):
     (tmp_path/name).write_text(text)
     with pytest.raises(ValueError, match=name): read(tmp_path/name)
 
 
+@pytest.mark.tried('a hostile name')
 def test_a_digest_leads_nowhere(tmp_path):
     for i, digest in enumerate(('../../out', str(tmp_path/'elsewhere'), '..', 'a/b')):
         folder = tmp_path/'runs'/f'{i}'
@@ -122,6 +127,7 @@ def test_a_digest_leads_nowhere(tmp_path):
 PLAIN = st.none() | st.booleans() | st.floats() | st.integers() | st.text()
 
 
+@pytest.mark.tried('a record, profile or recipe changed', 300)
 @settings(max_examples=150, deadline=None)
 @given(st.recursive(PLAIN, lambda o: st.lists(o) | st.dictionaries(st.text(), o), max_leaves=8))
 def test_anything_that_is_json_is_refused_in_a_sentence(tmp_path_factory, found):
@@ -131,6 +137,7 @@ def test_anything_that_is_json_is_refused_in_a_sentence(tmp_path_factory, found)
         with pytest.raises(ValueError, match=r'any\.json'): read_record(file)
 
 
+@pytest.mark.tried('a record, profile or recipe changed', 300)
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 10**9))
 def test_a_file_that_is_cut_or_overwritten_is_refused(tmp_path_factory, junk, at):

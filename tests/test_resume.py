@@ -43,6 +43,7 @@ def killed_after(monkeypatch, epochs):
     monkeypatch.setattr(EpochCheckpoint, '_write', and_stop)
 
 
+@pytest.mark.tried('a process or a machine killed')
 @pytest.mark.parametrize('schedule,epochs', [('one_cycle', 3), ('flat_cos', 1)]) # before and after freezing, which comes at half
 def test_an_interrupted_run_ends_bit_for_bit_as_if_nothing_had_been(images, tmp_path, monkeypatch, schedule, epochs):
     recipe, source, file = Recipe(schedule=schedule, **ALL), Source(images, 16), tmp_path/'run.pt'
@@ -71,6 +72,7 @@ def test_a_checkpoint_of_another_version_is_named_before_any_training(images, tm
     assert torch.load(file, weights_only=True)['values'] == state['values'], 'it stays as it was'
 
 
+@pytest.mark.tried('a process or a machine killed', 2)
 def test_interrupted_twice(images, tmp_path, monkeypatch):
     recipe, source, file = Recipe(**ALL), Source(images, 16), tmp_path/'run.pt'
     for n in 1, 2:
@@ -81,6 +83,7 @@ def test_interrupted_twice(images, tmp_path, monkeypatch):
     assert again['resumed'] == [1, 2] and ended(again) == ended(train_run(Arm('penalty'), 0, recipe, source))
 
 
+@pytest.mark.tried('a process or a machine killed')
 def test_killed_within_an_epoch_by_the_system(images, tmp_path):
     cmd = Path(sys.executable).with_name('learned_relu_compare'), '--data', images, \
         *f'--model {SMALL["model"]} --size 16 --bs 8 --epochs 3 --seeds 1 --arms {ARM} --out'.split()
@@ -154,6 +157,7 @@ def bits(o):
     return o.numpy().tobytes() if isinstance(o, torch.Tensor) else repr(o)
 
 
+@pytest.mark.tried('a file damaged, cut or foreign', 'n')
 @pytest.mark.parametrize('n', [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_one_flipped_bit_never_gives_other_weights(images, tmp_path, n):
     file = tmp_path/'run.pt'
@@ -171,6 +175,7 @@ def test_one_flipped_bit_never_gives_other_weights(images, tmp_path, n):
 def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.tried('a disk that is full or refuses')
 def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path, monkeypatch):
     file = checkpoint(tmp_path, images, monkeypatch)
     before = file.read_bytes()
@@ -181,6 +186,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path, monkeypatch)
     assert file.read_bytes() == before and [o.name for o in tmp_path.iterdir()] == ['run.pt']
 
 
+@pytest.mark.tried('a disk that is full or refuses')
 def test_a_full_disk_within_a_run_is_one_line_too(images, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(SystemExit, match=r'^error: relu-seed0-\w+.pt cannot be written'):
@@ -203,12 +209,14 @@ def test_the_scaler_of_mixed_precision_is_gone_after_the_fit():
     assert keep._rest is None and learn.recorder.smooth_loss.count > 1
 
 
+@pytest.mark.tried('a process or a machine killed')
 def test_what_a_killed_process_left_of_its_checkpoint_goes_with_the_next(images, tmp_path):
     (tmp_path/'run.pt.77.tmp').touch(); (tmp_path/'other.pt.77.tmp').touch()
     train_run(Arm('relu'), 0, Recipe(**SMALL), Source(images, 16), checkpoint=tmp_path/'run.pt')
     assert sorted(o.name for o in tmp_path.iterdir()) == ['other.pt.77.tmp', 'run.pt']
 
 
+@pytest.mark.tried('a process or a machine killed')
 def test_what_a_killed_process_left_of_its_record_goes_with_the_next(tmp_path):
     path = records_dir(tmp_path)
     (path/'relu-seed0-a.json.77.tmp').write_text('{"for'); (path/'relu-seed1-a.json.77.tmp').touch()
@@ -216,6 +224,7 @@ def test_what_a_killed_process_left_of_its_record_goes_with_the_next(tmp_path):
     assert sorted(o.name for o in path.iterdir()) == [kept.name, 'relu-seed1-a.json.77.tmp'] and json.loads(kept.read_text())['seed'] == 0
 
 
+@pytest.mark.tried('a disk that is full or refuses')
 def test_a_disk_that_is_full_keeps_finished_records(tmp_path, monkeypatch):
     path = records_dir(tmp_path)
     kept = write_record(dict(arm='relu', seed=0, digest='a'), path)
@@ -226,6 +235,7 @@ def test_a_disk_that_is_full_keeps_finished_records(tmp_path, monkeypatch):
     assert [o.name for o in path.iterdir()] == [kept.name] and kept.read_bytes() == before
 
 
+@pytest.mark.tried('a disk that is full or refuses')
 def test_a_full_disk_is_one_line_in_a_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('learned_relu.bench.record.json.dump', full)
     with pytest.raises(SystemExit, match='error: relu-seed0-.*json cannot be written'):

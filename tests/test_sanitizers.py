@@ -53,6 +53,7 @@ def judged(tmp_path_factory):
     return run(LD_PRELOAD=':'.join(libs))
 
 
+@pytest.mark.tried('a case under the sanitizers', 500)
 def test_no_case_reads_or_writes_beside_its_tensors_or_does_what_is_undefined(judged):
     assert judged.returncode == 0 and 'ERROR' not in judged.stderr and 'runtime error' not in judged.stderr, judged.stderr[-3000:]
     *_, last = judged.stdout.splitlines()

@@ -146,6 +146,7 @@ def test_the_window_has_area_1(width, at):
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
+@pytest.mark.tried('random inputs, their values and gradients', 100)
 @settings(max_examples=100, deadline=None)
 @given(f=st.lists(floats, min_size=4, max_size=4), b=st.lists(floats, min_size=4, max_size=4))
 def test_any_numbers_on_either_side(f, b):

@@ -194,6 +194,7 @@ CHECKS = {o.__name__: o for o in (forward, factory_arguments, device_context, mo
     memory_format, training_and_evaluation)}
 
 
+@pytest.mark.tried('a check of PyTorch\'s own suite')
 @pytest.mark.parametrize('check', CHECKS)
 @pytest.mark.parametrize('name', ['PReLU', *OURS])
 def test_a_module_of_pytorch(name, check, internals):

@@ -172,6 +172,7 @@ CHECKS = {o.__name__: o for o in (dtypes, noncontiguous, negated_views, imaginar
     composite_forward, fake, gradcheck, gradgradcheck, forward_gradcheck, transforms, written_down, autocast)}
 
 
+@pytest.mark.tried('a check of PyTorch\'s own suite')
 @pytest.mark.parametrize('check', CHECKS)
 @pytest.mark.parametrize('name', OPERATORS)
 def test_an_operator_of_pytorch(name, check, internals):

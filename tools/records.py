@@ -8,6 +8,7 @@ RECORDS = Path(__file__).parents[1]/'benchmarks'/'records'
 KINDS = dict(
     accuracy='Trainings, a file a run. `learned_relu_report benchmarks/records/accuracy` makes pages of them.',
     speed='Timings: what activations, whole training steps and the loading of images cost.',
+    reliability='What the tests do to the library, and what came of it. Written by `python tools/reliability.py`.',
 )
 ABOUT = ('What was measured, each in a folder that says what was run, with which code, on what, and what came out. '
          'A record never changes, so later ones supersede it. Written by `python tools/records.py`.')
@@ -40,6 +41,7 @@ def index():
     "The whole index"
     parts = ['# Records', ABOUT]
     for kind, about in KINDS.items():
+        if not (RECORDS/kind).is_dir(): continue
         folders = sorted(o for o in (RECORDS/kind).iterdir() if o.is_dir())
         parts += [f'## {kind.capitalize()}', about, '\n'.join(map(line, folders))]
     return '\n\n'.join(parts) + '\n'

@@ -1,0 +1,78 @@
+"""Keep what is tried on the library, and what came of it, as a record: `python tools/reliability.py FOLDER`.
+
+Runs the tests that say `tried`, slow ones too; `--from FILE` adds up what `pytest --junitxml=FILE` wrote instead."""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from xml.etree import ElementTree
+
+from learned_relu.bench.record import made_by
+
+ROOT = Path(__file__).parents[1]
+# what is tried, as the mark says -> what has to come of it
+TRIED = {
+    'random inputs, their values and gradients': 'values to the bit, gradients within the bound that is stated',
+    "a check of PyTorch's own suite": 'whatever nn.PReLU passes is passed',
+    'a tensor without ordinary memory': "PyTorch's result or its refusal, never the end of the process",
+    'a case under the sanitizers': 'nothing read or written beside a tensor, nothing undefined',
+    'an exception or a cancellation in an event of a fit': 'no trace; the next fit trains the same bits',
+    'a number that is not finite in a fit': 'activation parameters stay finite, learn on, and it is said',
+    'a process or a machine killed': 'nothing finished is lost, the end is that of an undisturbed run',
+    'a disk that is full or refuses': 'what was there stays whole, and a sentence',
+    'a file damaged, cut or foreign': 'refused or made again, never other weights, images or code',
+    'a record, profile or recipe changed': 'a sentence that names file and field, or a table',
+    'a compiler that fails': 'tried once and named; PyTorch computes instead',
+    'an image that is none': 'named, or left out where that was asked for',
+    'a hostile name': 'shown escaped, and no path leaves its directory',
+}
+
+
+def counted(file):
+    "What was tried, how often and in how many tests, and which of these failed, as pytest wrote it"
+    tried, tests, failed = Counter(), Counter(), []
+    for case in ElementTree.parse(file).iter('testcase'):
+        if case.find('skipped') is not None: continue
+        for o in case.iter('property'):
+            what = o.get('name').removeprefix('tried: ')
+            if what == o.get('name'): continue
+            if what not in TRIED: sys.exit(f'{case.get("name")} tries {what!r}: add it to tools/reliability.py')
+            tried[what] += int(o.get('value'))
+            tests[what] += 1
+            if any(case.find(k) is not None for k in ('failure', 'error')): failed.append((what, case.get('name')))
+    def row(what): return dict(tried=tried[what], tests=tests[what], failed=[name for k, name in failed if k == what])
+    return [dict(what=what, want=want, **row(what)) for what, want in TRIED.items()]
+
+
+def run(file):
+    "The tests that say what they try, slow ones too"
+    def says(o): return re.search("mark.tried|'tried: ", o.read_text(encoding='utf-8'))
+    tests = sorted(str(o) for o in (ROOT/'tests').glob('test_*.py') if says(o))
+    subprocess.run([sys.executable, '-m', 'pytest', '-m', 'slow or not slow', f'--junitxml={file}', *tests], cwd=ROOT)
+
+
+def main():
+    ask = argparse.ArgumentParser(description=__doc__)
+    ask.add_argument('folder', type=Path, help='of the new record')
+    ask.add_argument('--from', dest='given', type=Path, help='what pytest --junitxml wrote')
+    args = ask.parse_args()
+    to = args.folder/'tried.json'
+    if to.exists(): sys.exit(f'{to} is there already: a record never changes, pass another folder')
+    with tempfile.TemporaryDirectory() as temp:
+        file = args.given or Path(temp)/'junit.xml'
+        if not args.given: run(file)
+        rows = counted(file)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    about = dict(date=date.today().isoformat(), **made_by('cpu', dict(cores=os.cpu_count())))
+    to.write_text(json.dumps(dict(format=1, **about, rows=rows), indent=1) + '\n', encoding='utf-8')
+    failed = sum(len(o['failed']) for o in rows)
+    print(f'{sum(o["tried"] for o in rows):,} tried in {sum(o["tests"] for o in rows):,} tests, {failed} failed: {to}')
+
+
+if __name__ == '__main__': main()
