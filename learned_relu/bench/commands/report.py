@@ -85,8 +85,10 @@ def learned_relu_report(
         raise SystemExit(f'error: out is {out!r}, which cannot be written ({e.strerror}): pass another --out') from e
     sections,broken,unpaired = [],[],[]
     for folder in folders:
-        by_digest,wrong = read_records(folder)
-        section,refused = _section(folder, to, by_digest)
+        try:
+            by_digest,wrong = read_records(folder)
+            section,refused = _section(folder, to, by_digest)
+        except ImportError as e: raise SystemExit(f'error: {e}') from e
         sections.append(section)
         broken += wrong
         unpaired += refused
