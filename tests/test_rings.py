@@ -1,5 +1,6 @@
 "Imports point inward, and what is promised can be imported."
 import ast
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -66,10 +67,9 @@ def test_everything_can_be_imported_without_the_extra():
 
 
 def test_a_command_without_the_extra_says_what_to_install(tmp_path):
-    (tmp_path/'records').mkdir()
-    (tmp_path/'records'/'relu-seed0-a.json').write_text('{}')
+    shutil.copytree(ROOT.parent/'benchmarks'/'records'/'accuracy'/'2026-11-26-digits-mlp-search', tmp_path/'runs')
     code = ("import sys; sys.modules['fastjsonschema'] = None\nfrom learned_relu.bench.commands.{0} import learned_relu_{0} as f\n"
-            f"f({str(tmp_path)!r}, out={str(tmp_path/'out')!r})")
+            f"f({str(tmp_path/'runs')!r}, out={str(tmp_path/'out')!r})")
     for command in 'report', 'harvest':
         done = subprocess.run([sys.executable, '-c', code.format(command)], capture_output=True, text=True)
         assert done.returncode == 1 and 'Traceback' not in done.stderr and 'pip install "learned_relu[bench]"' in done.stderr, done.stderr[-500:]
