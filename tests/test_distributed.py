@@ -30,6 +30,21 @@ def test_both_processes_hold_the_same(images, tmp_path):
     assert a['telemetry'] == b['telemetry'] == 6*57 and a['loaders'] == ['TfmdDL', 'TfmdDL']
 
 
+def test_two_processes_train_as_one_does_with_their_batches_together(tmp_path):
+    script = Path(__file__).with_name('one_or_two.py')
+    launch(script, tmp_path)
+    alone = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    one, a, b = (json.loads((tmp_path/o).read_text()) for o in ('0-0.json', '2-0.json', '2-1.json'))
+    assert a == b and (one['processes'], a['processes'], len(one['steps'])) == (0, 2, 12)
+    assert one['steps'][8] != one['steps'][7] and one['steps'][9:] == [one['steps'][9]]*3, 'they learn, and are frozen in the end'
+    for k in 'steps', 'averages', 'weights':
+        for p, q in zip(flat(one[k]), flat(a[k]), strict=True): assert q == pytest.approx(p, rel=1e-4, abs=1e-6), k
+
+
+def flat(o): return [v for i in o for v in flat(i)] if isinstance(o, list) else [o]
+
+
 TRAIN = '--size', '16', '--bs', '4', '--epochs', '2', '--opt', 'ranger', '--arm', 'learned+averages'
 
 

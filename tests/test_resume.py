@@ -15,7 +15,7 @@ import torch
 from common import make, quiet
 from fastai.callback.core import Callback
 
-from learned_relu.bench.arms import Arm
+from learned_relu.bench.arms import Arm, arms
 from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.data import Source
 from learned_relu.bench.recipe import Recipe
@@ -55,6 +55,23 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_nothing_had_been(images, tmp_
     assert again['resumed'] == [epochs] and whole['resumed'] == [] and len(again['epoch_seconds']) == 4
     assert json.dumps(ended(again)) == json.dumps(ended(whole))
     assert len(set(whole['telemetry']['step'])) == 12 and all(np.isfinite(whole['train_loss']))
+
+
+EVERY = [*(o for o in arms if o != 'profile'), 'general:leak=0.1', 'learned:sub=0.5', 'torch.nn.ELU',
+         *(f'learned+{o}' for o in ('caps', 'averages', 'freeze', 'caps+averages', 'caps+freeze', 'averages+freeze', 'caps+averages+freeze'))]
+
+QUICK = 'learned', 'learned_scalar', 'threshold', 'penalty', 'learned+caps+averages+freeze'
+
+
+@pytest.mark.parametrize('arm', [pytest.param(o, marks=() if o in QUICK else pytest.mark.slow) for o in EVERY])
+def test_every_arm_goes_on_to_the_end_that_it_would_have_had(images, tmp_path, monkeypatch, arm):
+    recipe, source, file = Recipe(**ALL | dict(epochs=2)), Source(images, 16), tmp_path/'run.pt'
+    whole = train_run(Arm(arm), 0, recipe, source)
+    with monkeypatch.context() as m:
+        killed_after(m, 1)
+        with pytest.raises(KeyboardInterrupt): train_run(Arm(arm), 0, recipe, source, checkpoint=file)
+    again = train_run(Arm(arm), 0, recipe, source, checkpoint=file)
+    assert again['resumed'] == [1] and json.dumps(ended(again)) == json.dumps(ended(whole))
 
 
 @pytest.mark.parametrize('change', [lambda o: o.pop('freeze_act_params'), lambda o: o['act_telemetry'].pop('start')],
