@@ -1,5 +1,7 @@
 "The statistics by hand, the figures by their values, the page and the command by what they write."
 import base64
+import errno
+import os
 import re
 import shutil
 import sys
@@ -466,6 +468,22 @@ def test_the_command_twice_writes_the_same_and_nothing_into_the_records(folders,
     speed = index.split('2026-11-21-speed-2-cores</h2>')[1].split('<h2>')[0]
     assert 'Not training records' in speed and '<td>-10.10 [-18.41, -1.79]</td>' in index and 'Two shared CPU cores' in index
     assert all((tmp_path/'a'/o).is_file() for o in re.findall('href="([^"h][^"]*)"', index))
+
+
+@pytest.mark.tried('a disk that is full or refuses')
+@pytest.mark.parametrize('name', ['fsync', 'replace'])
+@pytest.mark.parametrize('at', [0, 1, 2])  # the table, the page, the index
+def test_a_disk_that_is_full_is_one_line_and_leaves_the_report_before(at, name, tmp_path, monkeypatch):
+    learned_relu_report(WOOF, out=tmp_path/'out')
+    before, calls, real = contents(tmp_path/'out'), [], getattr(os, name)
+    def full(*args):
+        calls.append(args)
+        if len(calls) > at: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+    monkeypatch.setattr(_files.os, name, full)
+    with pytest.raises(SystemExit, match=r'^error: .*(table.csv|report.html|index.html) cannot be written \(No space left on device\): free'):
+        learned_relu_report(WOOF, out=tmp_path/'out')
+    assert contents(tmp_path/'out') == before and len(calls) == at + 1
 
 
 def folder_with(path, *files):

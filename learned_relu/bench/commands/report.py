@@ -13,10 +13,10 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-from ..._files import printable, whole_file
+from ..._files import printable
 from ..pairs import check_pairs
 from ..record import read_records
-from ..report import html_page, save_report
+from ..report import html_page, save_report, write_page
 from ..table import readable, table
 
 # %% ../../../nbs/api/38_bench.commands.report.ipynb #77c6de12
@@ -50,13 +50,12 @@ def _note(folder, by_digest):
     if by_digest: return ''
     return 'None of its records can be read.' if any(folder.glob('records/*.json')) else 'Not training records.'
 
-def _report(folder, out, records):
-    check_pairs(records)
+def _report(folder, out, records, df):
     (out/folder).mkdir(parents=True, exist_ok=True)
     save_report(records, out/folder)
     first = records[0]
-    return dict(folder=folder.as_posix(), results=readable(table(records)), data=first['data']['name'],
-                digest=first['digest'], runs=len(records))
+    return dict(folder=folder.as_posix(), results=readable(df), data=first['data']['name'], digest=first['digest'],
+                runs=len(records))
 
 def _section(folder, out, by_digest):
     readme = folder/'README.md'
@@ -64,8 +63,11 @@ def _section(folder, out, by_digest):
     def place(digest): return Path(folder.name, digest) if len(by_digest) > 1 else Path(folder.name)
     tables,refused = [],[]
     for k,records in by_digest.items():
-        try: tables.append(_report(place(k), out, records))
+        try:
+            check_pairs(records)
+            df = table(records)
         except ValueError as e: refused.append(f'{folder}, recipe {k}: {e}')
+        else: tables.append(_report(place(k), out, records, df))
     note = 'Some of its runs are no pairs, and are not reported on.' if refused else _note(folder, by_digest)
     return dict(folder=folder.name, about=about, note=note, tables=tables), refused
 
@@ -80,20 +82,19 @@ def learned_relu_report(
     folders = _folders(Path(path).resolve())
     folders = [o for o in folders if o != to or (o/'records').is_dir()] # an earlier report is no record
     _check_out(to, folders)
-    try: to.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise SystemExit(f'error: out is {out!r}, which cannot be written ({e.strerror}): pass another --out') from e
     sections,broken,unpaired = [],[],[]
-    for folder in folders:
-        try:
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        for folder in folders:
             by_digest,wrong = read_records(folder)
             section,refused = _section(folder, to, by_digest)
-        except ImportError as e: raise SystemExit(f'error: {e}') from e
-        sections.append(section)
-        broken += wrong
-        unpaired += refused
-    with whole_file(to/'index.html') as temp:
-        temp.write_text(html_page('index.html', dict(sections=sections)), encoding='utf-8')
+            sections.append(section)
+            broken += wrong
+            unpaired += refused
+        write_page(to/'index.html', html_page('index.html', dict(sections=sections)))
+    except OSError as e:
+        raise SystemExit(f'error: out is {out!r}, which cannot be written ({e.strerror}): pass another --out') from e
+    except (ImportError, ValueError) as e: raise SystemExit(f'error: {printable(str(e))}') from e
     print(Path(out)/'index.html')
     said = []
     if broken: said += [f'error: {len(broken)} records cannot be read, the others are reported on:', *broken]
