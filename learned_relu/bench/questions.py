@@ -68,21 +68,29 @@ def _panel(ax, records, pairs, of, margin):
         d = paired(records, *pair, of)*scale
         if len(d): draw_pairs(ax, i, d)
     ax.locator_params('x', nbins=6)
-    ax.set_title('accuracy, points of percent' if of == 'accuracy' else 'validation loss, below 0 better')
+
+def _row(axs, name, records, pairs, margin):
+    _panel(axs[0], records, pairs, 'accuracy', margin)
+    _panel(axs[1], records, pairs, 'valid_loss', None)
+    axs[0].set_title(f'{name}\naccuracy, points of percent'.strip(), loc='left', fontsize='medium')
+    axs[1].set_title('validation loss, below 0 better', loc='left', fontsize='medium')
+    names = [f'{arm} - {base}\n(n={len(paired(records, arm, base))})' for arm,base in pairs]
+    axs[0].set_yticks(range(len(pairs)), names)
+    axs[1].set_yticks([])
+    for ax in axs: ax.set_ylim(len(pairs) - .4, -.6)
 
 @literal
 def plot_questions(
-    records:list, # records of one recipe
-    asked:list, # of (arm, base), as for `questions`
+    records:list|dict, # records of one recipe; or of several, by what to call each, a row of panels for each
+    asked:list|dict, # of (arm, base), as for `questions`; or such a list for each recipe, by the same names
     margin:float=None, # points of accuracy that were declared to count as no difference; None for no field
 ): # a figure
     "Differences of accuracy and of validation loss, a line a question; raises as `questions` does."
-    pairs = _pairs(records, asked)
-    fig,axs = plt.subplots(1, 2, figsize=(9, 1.9 + .8*len(pairs)), sharey=True, layout='constrained')
-    _panel(axs[0], records, pairs, 'accuracy', margin)
-    _panel(axs[1], records, pairs, 'valid_loss', None)
-    names = [f'{arm} - {base}\n(n={len(paired(records, arm, base))})' for arm,base in pairs]
-    axs[0].set_yticks(range(len(pairs)), names)
-    axs[0].set_ylim(len(pairs) - .4, -.6)
+    several = records if isinstance(records, dict) else {'': records}
+    pairs = {k: _pairs(rs, asked[k] if isinstance(asked, dict) else asked) for k,rs in several.items()}
+    lines = [len(o) for o in pairs.values()]
+    how = dict(figsize=(9, 1.1 + .8*len(lines) + .8*sum(lines)), layout='constrained')
+    fig,axs = plt.subplots(len(lines), 2, squeeze=False, height_ratios=lines, **how)
+    for row,(k,rs) in zip(axs, several.items()): _row(row, k, rs, pairs[k], margin)
     key_below(fig)
     return fig
