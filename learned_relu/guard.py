@@ -68,8 +68,10 @@ class Guard(_Rooms):
     def before_batch(self):
         "Put back what was damaged between two steps, before it is used."
         self._now.gather(self.params)
-        source = self._source.gather(self._safe())
-        torch.where(source - source == 0, source, self._good.flat, out=source) # an average may be lost, too
+        safe = self._safe()
+        source = self._source.gather(safe)
+        if safe is not self._good.views: # an average may be lost, too
+            torch.where(source - source == 0, source, self._good.flat, out=source)
         if self._pending: self._seen_before.add_(self._before) # no step came after it
         self._pending = False
         if self._as_before(self._now, self._good): return self._nothing(0)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .reference import visible
 from .layers import LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 
 # %% ../nbs/api/06_standard.ipynb #ceee556b
@@ -44,16 +45,15 @@ def steps_of(
     finally: act.training = was
     if curve is LearnedRelu.curve: return _relu(v, bound, shifted)
     if curve is SymmetricClip.curve: return [Step('cap', plain(v['cutoff'])), Step('floor', plain(-v['cutoff']))]
-    if curve is LearnedThreshold.curve: return _replaced('threshold', v['threshold'], v['value'])
+    if curve is LearnedThreshold.curve: return [_replaced('threshold', v['threshold'], v['value'], torch.inf)]
     if curve is not LearnedClip.curve: return None
     low,edge = [Step('floor', plain(v['low']))] if 'low' in v else [],v['cutoff']
     if 'value' not in v and not act.positive_only: return [Step('cap', plain(edge)), *low]
-    if act.positive_only: edge = edge.clamp_min(torch.finfo(edge.dtype).tiny)
-    return [*_replaced('replace', edge, v.get('value', v['cutoff'])), *low]
+    lowest = torch.finfo(edge.dtype).tiny if act.positive_only else -torch.inf
+    return [_replaced('replace', edge.clamp_min(lowest), v.get('value', v['cutoff']), lowest), *low]
 
-def _replaced(name, edge, fill): # nothing is beyond NaN: subtracted, it shows
-    lost = [Step('sub', plain(edge.where(edge.isnan(), 0)))] if edge.isnan().any() else []
-    return [*lost, Step(name, plain(edge), plain(fill))]
+def _replaced(name, edge, fill, far): # everything is beyond an edge that is no number, and shows
+    return Step(name, plain(edge.where(~edge.isnan(), far)), plain(visible(fill, edge)))
 
 def _relu(v, bound, shifted):
     leak,sub,maxv = v['leak'],v['sub'],v['maxv']

@@ -102,8 +102,11 @@ def edge_window(
     "Triangle of area 1 around 0 and 0 beyond `width`, also for infinite and NaN distances."
     return torch.where(d.abs() < width, 1 - d.abs()/width, 0)/width
 
-def _beyond(x, edge, upper, positive): # everything is, where the edge is no number
-    edge = torch.where(edge.isnan(), -torch.inf if upper else torch.inf, edge)
+def _shown(edge, fill, upper): # everything is beyond an edge that is no number, and NaN is what stands there
+    lost = edge.isnan()
+    return torch.where(lost, -torch.inf if upper else torch.inf, edge), torch.where(lost, torch.nan, fill)
+
+def _beyond(x, edge, upper, positive):
     res = x >= edge if upper else x <= edge
     return res & (x > 0) if positive else res
 
@@ -118,8 +121,8 @@ class _Replace(torch.autograd.Function):
 
     @staticmethod
     def forward(x, edge, fill, upper, positive, width, channel_dim):
-        e,f = lined_up(x, channel_dim, edge=edge, fill=fill)
-        return torch.where(_beyond(x, e, upper, positive), visible(f, e), x)
+        e,f = _shown(*lined_up(x, channel_dim, edge=edge, fill=fill), upper)
+        return torch.where(_beyond(x, e, upper, positive), f, x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -145,7 +148,7 @@ class _Replace(torch.autograd.Function):
 # %% ../nbs/api/01_surrogate.ipynb #7d1f0c21
 def _by_operations(x, edge, fill, upper, positive, width, channel_dim):
     e,f = lined_up(x, channel_dim, edge=edge, fill=fill)
-    y = torch.where(_beyond(x, e, upper, positive), visible(f, e), x)
+    y = torch.where(_beyond(x, e, upper, positive), f, visible(x, e))
     if not width: return y
     near,jump = _at_edge(x.detach(), e.detach(), f.detach(), upper, positive, width)
     return y + (near*jump).to(x.dtype)*(e - e.detach())

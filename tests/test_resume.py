@@ -43,7 +43,7 @@ def killed_after(monkeypatch, epochs):
     monkeypatch.setattr(EpochCheckpoint, '_write', and_stop)
 
 
-@pytest.mark.tried('a process or a machine killed')
+@pytest.mark.tried('a run of a comparison interrupted')
 @pytest.mark.parametrize('schedule,epochs', [('one_cycle', 3), ('flat_cos', 1)]) # before and after freezing, which comes at half
 def test_an_interrupted_run_ends_bit_for_bit_as_if_nothing_had_been(images, tmp_path, monkeypatch, schedule, epochs):
     recipe, source, file = Recipe(schedule=schedule, **ALL), Source(images, 16), tmp_path/'run.pt'
@@ -63,6 +63,7 @@ EVERY = [*(o for o in arms if o != 'profile'), 'general:leak=0.1', 'learned:sub=
 QUICK = 'learned', 'learned_scalar', 'threshold', 'penalty', 'learned+caps+averages+freeze'
 
 
+@pytest.mark.tried('a run of a comparison interrupted')
 @pytest.mark.parametrize('arm', [pytest.param(o, marks=() if o in QUICK else pytest.mark.slow) for o in EVERY])
 def test_every_arm_goes_on_to_the_end_that_it_would_have_had(images, tmp_path, monkeypatch, arm):
     recipe, source, file = Recipe(**ALL | dict(epochs=2)), Source(images, 16), tmp_path/'run.pt'
@@ -89,7 +90,7 @@ def test_a_checkpoint_of_another_version_is_named_before_any_training(images, tm
     assert torch.load(file, weights_only=True)['values'] == state['values'], 'it stays as it was'
 
 
-@pytest.mark.tried('a process or a machine killed', 2)
+@pytest.mark.tried('a run of a comparison interrupted', 2)
 def test_interrupted_twice(images, tmp_path, monkeypatch):
     recipe, source, file = Recipe(**ALL), Source(images, 16), tmp_path/'run.pt'
     for n in 1, 2:
@@ -226,14 +227,12 @@ def test_the_scaler_of_mixed_precision_is_gone_after_the_fit():
     assert keep._rest is None and learn.recorder.smooth_loss.count > 1
 
 
-@pytest.mark.tried('a process or a machine killed')
 def test_what_a_killed_process_left_of_its_checkpoint_goes_with_the_next(images, tmp_path):
     (tmp_path/'run.pt.77.tmp').touch(); (tmp_path/'other.pt.77.tmp').touch()
     train_run(Arm('relu'), 0, Recipe(**SMALL), Source(images, 16), checkpoint=tmp_path/'run.pt')
     assert sorted(o.name for o in tmp_path.iterdir()) == ['other.pt.77.tmp', 'run.pt']
 
 
-@pytest.mark.tried('a process or a machine killed')
 def test_what_a_killed_process_left_of_its_record_goes_with_the_next(tmp_path):
     path = records_dir(tmp_path)
     (path/'relu-seed0-a.json.77.tmp').write_text('{"for'); (path/'relu-seed1-a.json.77.tmp').touch()

@@ -194,9 +194,11 @@ CHECKS = {o.__name__: o for o in (forward, factory_arguments, device_context, mo
     memory_format, training_and_evaluation)}
 
 
-@pytest.mark.tried('a check of PyTorch\'s own suite')
+TRIED = pytest.mark.tried('a check of PyTorch\'s own suite')
+
+
 @pytest.mark.parametrize('check', CHECKS)
-@pytest.mark.parametrize('name', ['PReLU', *OURS])
+@pytest.mark.parametrize('name', ['PReLU', *(pytest.param(o, marks=TRIED) for o in OURS)])
 def test_a_module_of_pytorch(name, check, internals):
     if why := SKIPPED.get((name, check)): pytest.skip(why)
     torch.manual_seed(0)

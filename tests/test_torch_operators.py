@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.func import grad as func_grad
 from torch.func import jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close, make_tensor
@@ -34,12 +35,15 @@ OPERATORS = {
     'learned_clip, all': (lambda x, c, v, low: learned_clip(x, c, v, low), (.6, .4, -.5)),
     'symmetric_clip': (symmetric_clip, (.6,)),
     'learned_threshold': (partial(learned_threshold, width=0.), (.3, .1)),
+    'learned_clip, window': (partial(learned_clip, width=.5), (.6, .4)),
+    'learned_clip, positive': (partial(learned_clip, positive_only=True), (.6, .4)),
+    'learned_threshold, window': (learned_threshold, (.3, .1)),
     'leaky_grad_relu': (leaky_grad_relu, ()),
+    'leaky_grad_relu, slopes': (lambda x: leaky_grad_relu(x, torch.full((1,), .2, dtype=x.dtype)), ()),
     'surrogate_gradient': (lambda x: surrogate_gradient(x.sign(), x), ())}
-SKIPPED = {}
-for o in 'leaky_grad_relu', 'surrogate_gradient':
-    for check in 'gradcheck', 'gradgradcheck', 'forward_gradcheck':
-        SKIPPED[o, check] = 'a surrogate gradient is no derivative of the values'
+SURROGATES = 'learned_clip, window', 'learned_threshold, window', 'leaky_grad_relu', 'leaky_grad_relu, slopes', 'surrogate_gradient'
+SKIPPED = {(o, check): 'a surrogate gradient is no derivative of the values' for o in SURROGATES
+           for check in ('gradcheck', 'gradgradcheck', 'forward_gradcheck')}
 
 
 def samples(starts, dtype=torch.float64, requires_grad=True, shapes=SHAPES):
@@ -161,6 +165,18 @@ def written_down(f, starts, tools):
         for dynamic in False, True: tools.optests.aot_autograd_check(f, args, {}, dynamic, check_gradients='auto')
 
 
+def tangents_of_gradients(f, starts, tools):
+    "Of a graph that was made before anybody asked for tangents"
+    for args in samples(starts, torch.float32):
+        y = f(*args)
+        g, t = torch.randn_like(y), torch.randn_like(y)
+        want = torch.autograd.grad(y, args, t, retain_graph=True)  # linear in what comes in
+        with forward_ad.dual_level():
+            got = torch.autograd.grad(y, args, forward_ad.make_dual(g, t))
+            for a, b in zip(map(forward_ad.unpack_dual, got), want, strict=True):
+                assert_close(torch.zeros_like(b) if a.tangent is None else a.tangent, b)  # none is needed where all of it is 0
+
+
 def autocast(f, starts, tools):
     for args in samples(starts, torch.float32):
         want = f(*args)
@@ -169,12 +185,14 @@ def autocast(f, starts, tools):
 
 
 CHECKS = {o.__name__: o for o in (dtypes, noncontiguous, negated_views, imaginary_views, copy_on_write, composite, composite_backward,
-    composite_forward, fake, gradcheck, gradgradcheck, forward_gradcheck, transforms, written_down, autocast)}
+    composite_forward, fake, gradcheck, gradgradcheck, forward_gradcheck, transforms, written_down, tangents_of_gradients, autocast)}
 
 
-@pytest.mark.tried('a check of PyTorch\'s own suite')
+TRIED = pytest.mark.tried('a check of PyTorch\'s own suite')
+
+
 @pytest.mark.parametrize('check', CHECKS)
-@pytest.mark.parametrize('name', OPERATORS)
+@pytest.mark.parametrize('name', [pytest.param(o, marks=() if o == 'prelu' else TRIED) for o in OPERATORS])
 def test_an_operator_of_pytorch(name, check, internals):
     if why := SKIPPED.get((name, check)): pytest.skip(why)
     torch.manual_seed(0)

@@ -42,11 +42,15 @@ def forget_lost(
     acts:list, # of `ActParam`
 ) -> list: # names of those whose state was lost; waits for the device
     "Let activation parameters whose state in the optimizer is not finite begin it anew: no step could move them."
-    states,res = getattr(opt, 'opt', opt).state,[] # of the optimizer inside an `OptimWrapper`
+    states,res = getattr(opt, 'opt', opt).state,[] # of the optimizer inside an `OptimWrapper` or a `Lookahead`
+    slow = {fast: slow for i,ps in enumerate(getattr(opt, 'slow_weights', None) or ()) # of a `Lookahead`
+            for fast,slow in zip(opt.param_lists[i], ps)}
     for o in acts:
-        state = states.get(o.param, {})
-        if all(v.isfinite().all() for v in local_parts([v for v in state.values() if isinstance(v, Tensor)])): continue
+        state,followed = states.get(o.param, {}),[slow[o.param]] if o.param in slow else []
+        held = [*(v for v in state.values() if isinstance(v, Tensor)), *followed]
+        if all(v.isfinite().all() for v in local_parts(held)): continue
         states[o.param] = {k: v for k,v in state.items() if k in ('do_wd', 'force_train')}
+        for v in followed: v.copy_(o.param)
         res.append(f'{o.name}.{o.kind}')
     return res
 
@@ -114,9 +118,9 @@ def zeroed(self:ClampActParams): return self.counts()[1]
 
 @patch
 def after_train(self:ClampActParams):
-    "Say once per fit what was put back."
+    "Say once per fit what was put back, and in each epoch what the optimizer lost, which begins anew."
+    self._mend_state()
     values,grads = self.counts()
-    if values: self._mend_state()
     if self._warned or not (values or grads): return
     self._warned = True
     warnings.warn(f'Activation parameters were not finite and put back: {values} values and {grads} gradients '

@@ -123,7 +123,7 @@ class _Curve(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         *params,y,signs,kept = ctx.saved_tensors
-        memory = None if torch.is_grad_enabled() else in_memory(g, y, signs, kept)
+        memory = None if torch.is_grad_enabled() or forward_mode() else in_memory(g, y, signs, kept)
         return *_back(ctx.how, memory, g, params, y, signs, kept, ctx.needs_input_grad[:4]), None, None
 
 def _back(how, memory, g, params, y, signs, kept, need):
@@ -153,7 +153,7 @@ def _back_of_node(g, saved, strides, channel_dim, slots, need):
     leak,sub,maxv,first,*more = saved
     params = leak,sub,maxv
     kept = (first, *more, None)[:3] if more else (None, None, first)
-    memory = None if torch.is_grad_enabled() else in_memory(g, *kept, *params)
+    memory = None if torch.is_grad_enabled() or forward_mode() else in_memory(g, *kept, *params)
     like = with_strides(first, strides)
     num = check_parameters(like, *params, channel_dim)
     if memory: plan = cpu.plan(like, memory[4:], channel_dim, num)
@@ -179,7 +179,7 @@ def curve(
     memory = None if name == 'reference' or forward_mode() else in_memory(x, *params)
     if memory is None:
         y = learned_relu_reference(x, *params, channel_dim) # which says what is wrong with them, if anything is
-        if name == 'kernel': raise ValueError(_none.format('what has no memory of its own or carries a tangent'))
+        if name == 'kernel': raise ValueError(_none.format('what has no memory of its own, or in forward mode'))
         return y
     check_input(x)
     num = check_parameters(x, *params, channel_dim)
