@@ -1,6 +1,6 @@
 """Keep what is tried on the library, and what came of it, as a record: `python tools/reliability.py FOLDER`.
 
-Runs the tests that say `tried`, slow ones too; `--from FILE` adds up what `pytest --junitxml=FILE` wrote instead."""
+Runs the tests that say `tried`, slow ones too; `--from FILE ...` adds up what `pytest --junitxml=FILE` wrote."""
 import argparse
 import json
 import os
@@ -36,13 +36,14 @@ TRIED = {
 }
 
 
-def counted(file):
-    "What was tried, how often and in how many tests, and which of these failed, as pytest wrote it"
+def counted(files):
+    "What was tried, how often and in how many tests, and which of these failed; a test counts once"
     tried, tests, failed = Counter(), Counter(), defaultdict(set)
     cases = defaultdict(list) # of one test, which is there again where what comes after it failed, too
-    for case in ElementTree.parse(file).iter('testcase'): cases[case.get('classname'), case.get('name')].append(case)
+    for file in files:
+        for case in ElementTree.parse(file).iter('testcase'): cases[case.get('classname'), case.get('name')].append(case)
     for (_, name), found in cases.items():
-        if any(o.find('skipped') is not None for o in found): continue
+        if all(o.find('skipped') is not None for o in found): continue
         for o in found[0].iter('property'):
             what = o.get('name').removeprefix('tried: ')
             if what == o.get('name'): continue
@@ -70,7 +71,7 @@ def run(file, tests):
 def main():
     ask = argparse.ArgumentParser(description=__doc__)
     ask.add_argument('folder', type=Path, help='of the new record')
-    ask.add_argument('--from', dest='given', type=Path, help='what pytest --junitxml wrote')
+    ask.add_argument('--from', dest='given', type=Path, nargs='+', help='what pytest --junitxml wrote')
     args = ask.parse_args()
     to = args.folder/'tried.json'
     if to.exists(): sys.exit(f'{to} is there already: a record never changes, pass another folder')
@@ -78,9 +79,9 @@ def main():
     if unknown := set().union(*tests.values()) ^ TRIED.keys():
         sys.exit(f'tests and tools/reliability.py do not agree on what is tried: {", ".join(sorted(unknown))}')
     with tempfile.TemporaryDirectory() as temp:
-        file = args.given or Path(temp)/'junit.xml'
-        if not args.given: run(file, tests)
-        rows = counted(file)
+        files = args.given or [Path(temp)/'junit.xml']
+        if not args.given: run(*files, tests)
+        rows = counted(files)
     args.folder.mkdir(parents=True, exist_ok=True)
     about = dict(date=date.today().isoformat(), **made_by('cpu', dict(cores=os.cpu_count())))
     to.write_text(json.dumps(dict(format=1, **about, rows=rows), indent=1) + '\n', encoding='utf-8')
