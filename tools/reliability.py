@@ -41,7 +41,7 @@ def counted(files):
     tried, tests, failed = Counter(), Counter(), defaultdict(set)
     cases = defaultdict(list) # of one test, which is there again where what comes after it failed, too
     for file in files:
-        for case in ElementTree.parse(file).iter('testcase'): cases[case.get('classname'), case.get('name')].append(case)
+        for o in ElementTree.parse(file).iter('testcase'): cases[o.get('classname'), o.get('name')].append(o)
     for (_, name), found in cases.items():
         if all(o.find('skipped') is not None for o in found): continue
         for o in found[0].iter('property'):
