@@ -179,6 +179,7 @@ def _as(averages, params): # the parameters as wide as their averages
     room.gather(params)
     return room.views
 
+# %% ../nbs/api/01_averages.ipynb #5866db8c
 @torch.no_grad()
 def mend_averages(
     layers:list, # of `Averaged`

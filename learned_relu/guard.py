@@ -52,11 +52,12 @@ class _Rooms:
         torch.ne(now - now, 0, out=bad)
         return torch.where(bad, source.flat, now, out=self._good.flat)
 
-    def _safe(self): # averages, where there are any, or else the last good values
+    def _gather_safe(self): # averages, where there are any that are not lost themselves, or else the last good values
         averaged = {m for m in self._layers if m.updates()}
-        if not averaged: return self._good.views
         def of(act, average, good): return getattr(act.layer, average) if average and act.layer in averaged else good
-        return list(map(of, self.acts, self._averages, self._good.views))
+        good = self._good.views
+        source = self._source.gather(list(map(of, self.acts, self._averages, good)) if averaged else good)
+        if averaged: torch.where(source - source == 0, source, self._good.flat, out=source)
 
     def _as_before(self, now, then): # on a CPU looking costs nothing; what is not finite equals nothing
         return now.flat.is_cpu and torch.equal(now.flat, then.flat)
@@ -68,10 +69,7 @@ class Guard(_Rooms):
     def before_batch(self):
         "Put back what was damaged between two steps, before it is used."
         self._now.gather(self.params)
-        safe = self._safe()
-        source = self._source.gather(safe)
-        if safe is not self._good.views: # an average may be lost, too
-            torch.where(source - source == 0, source, self._good.flat, out=source)
+        self._gather_safe()
         if self._pending: self._seen_before.add_(self._before) # no step came after it
         self._pending = False
         if self._as_before(self._now, self._good): return self._nothing(0)

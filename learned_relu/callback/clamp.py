@@ -54,6 +54,7 @@ def forget_lost(
         res.append(f'{o.name}.{o.kind}')
     return res
 
+# %% ../../nbs/api/21_callback.clamp.ipynb #764b2149
 class ClampActParams(ActCallback):
     "Keep activation parameters in bounds and finite; count what had to be put back."
     order = act_order(3)
