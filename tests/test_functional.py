@@ -74,7 +74,7 @@ finite = st.floats(-50, 50, width=32)
 
 
 @pytest.mark.tried('random inputs, their values and gradients', 'n')
-@pytest.mark.parametrize('n', [200, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('n', [200, pytest.param(5000, marks=pytest.mark.slow)])
 @CURVES
 def test_any_numbers_agree_with_the_reference(curve, n):
     @settings(max_examples=n, deadline=None)
