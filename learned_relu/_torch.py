@@ -69,7 +69,7 @@ def in_memory(
 ) -> tuple: # the tensors, lazy negations carried out; None if one is no ordinary memory, is elsewhere, or is watched
     "The one gate before native code: tensors that may be read where they say they are."
     try:
-        if _modes(): return None
+        if _modes() or forward_mode(): return None
         for t in tensors:
             if t is not None and _name(_keys(t)) not in _on_cpu: return _on_one_gpu(tensors)
     except TypeError: return _looked_at(tensors) # no tensor, or no such question

@@ -191,6 +191,7 @@ def mend_averages(
             avg = getattr(m, f'{k}_avg')
             now = whole(getattr(m, k), avg).to(avg.dtype)
             lost = now.isfinite() > avg.isfinite()
-            avg.copy_(torch.where(lost, now, avg))
-            res += int(lost.sum())
+            n = int(lost.sum())
+            if n: avg.copy_(torch.where(lost, now, avg))
+            res += n
     return res

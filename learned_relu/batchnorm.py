@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ._torch import forward_mode, in_memory, set_compiled_call, transformed
+from ._torch import in_memory, set_compiled_call, transformed
 from .act_layer import call_in_graph
 from .functional import learned_relu, learned_relu_gradients
 from .kernels import cpu, cpu_batchnorm
@@ -89,7 +89,7 @@ class _BnLearnedRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         again,given = torch.is_grad_enabled(),(g, *ctx.saved_tensors)
-        memory = None if again or forward_mode() else in_memory(*given)
+        memory = None if again else in_memory(*given)
         g,x,weight,bias,*params,running_mean,running_var,mean,spread = memory or given
         running = running_mean,running_var
         if not memory: grads = _differentiable(ctx, g, x, weight, bias, params, running, again)

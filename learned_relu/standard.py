@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .reference import visible
+from .surrogate import shown_edge
 from .layers import LeakyGradRelu, LearnedClip, LearnedRelu, LearnedThreshold, SymmetricClip
 
 # %% ../nbs/api/06_standard.ipynb #ceee556b
@@ -52,8 +52,8 @@ def steps_of(
     lowest = torch.finfo(edge.dtype).tiny if act.positive_only else -torch.inf
     return [_replaced('replace', edge.clamp_min(lowest), v.get('value', v['cutoff']), lowest), *low]
 
-def _replaced(name, edge, fill, far): # everything is beyond an edge that is no number, and shows
-    return Step(name, plain(edge.where(~edge.isnan(), far)), plain(visible(fill, edge)))
+def _replaced(name, edge, fill, far): # `far` is an edge that everything is beyond
+    return Step(name, *map(plain, shown_edge(edge, fill, far)))
 
 def _relu(v, bound, shifted):
     leak,sub,maxv = v['leak'],v['sub'],v['maxv']

@@ -41,9 +41,9 @@ def internals():
         with pytest.MonkeyPatch.context() as m:  # which would keep every later test and page from setting them
             m.setattr(torch.backends, 'disable_global_flags', lambda: None)
             from torch.testing._internal import common_modules, common_utils, composite_compliance, optests
-        assert not torch.backends.flags_frozen()
-        return SimpleNamespace(modules=common_modules, utils=common_utils, composite=composite_compliance, optests=optests)
     except Exception as e: pytest.skip(f'the internals of torch {torch.__version__} have moved, or what they need is missing: {e}')
+    assert not torch.backends.flags_frozen()
+    return SimpleNamespace(modules=common_modules, utils=common_utils, composite=composite_compliance, optests=optests)
 
 
 @pytest.fixture(scope='module')

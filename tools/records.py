@@ -41,7 +41,6 @@ def index():
     "The whole index"
     parts = ['# Records', ABOUT]
     for kind, about in KINDS.items():
-        if not (RECORDS/kind).is_dir(): continue
         folders = sorted(o for o in (RECORDS/kind).iterdir() if o.is_dir())
         parts += [f'## {kind.capitalize()}', about, '\n'.join(map(line, folders))]
     return '\n\n'.join(parts) + '\n'

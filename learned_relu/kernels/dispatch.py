@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .._torch import forward_mode, in_memory, transformed
+from .._torch import in_memory, transformed
 from . import cpu, eager
 from .layout import layout_for, with_strides
 from .node import Node
@@ -123,7 +123,7 @@ class _Curve(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         *params,y,signs,kept = ctx.saved_tensors
-        memory = None if torch.is_grad_enabled() or forward_mode() else in_memory(g, y, signs, kept)
+        memory = None if torch.is_grad_enabled() else in_memory(g, y, signs, kept)
         return *_back(ctx.how, memory, g, params, y, signs, kept, ctx.needs_input_grad[:4]), None, None
 
 def _back(how, memory, g, params, y, signs, kept, need):
@@ -153,7 +153,7 @@ def _back_of_node(g, saved, strides, channel_dim, slots, need):
     leak,sub,maxv,first,*more = saved
     params = leak,sub,maxv
     kept = (first, *more, None)[:3] if more else (None, None, first)
-    memory = None if torch.is_grad_enabled() or forward_mode() else in_memory(g, *kept, *params)
+    memory = None if torch.is_grad_enabled() else in_memory(g, *kept, *params)
     like = with_strides(first, strides)
     num = check_parameters(like, *params, channel_dim)
     if memory: plan = cpu.plan(like, memory[4:], channel_dim, num)
@@ -176,7 +176,7 @@ def curve(
         if y is not None: return y
     if name is None and transformed(): return learned_relu_reference(x, *params, channel_dim)
     name = chosen() if name is None else _checked(name)
-    memory = None if name == 'reference' or forward_mode() else in_memory(x, *params)
+    memory = None if name == 'reference' else in_memory(x, *params)
     if memory is None:
         y = learned_relu_reference(x, *params, channel_dim) # which says what is wrong with them, if anything is
         if name == 'kernel': raise ValueError(_none.format('what has no memory of its own, or in forward mode'))

@@ -156,8 +156,7 @@ struct Curve : torch::autograd::Function<Curve> {
 
   static bool in_memory(Tensor g, const variable_list& saved, at::IntArrayRef strides, I dim, std::vector<I>& slots,
                         const bool* need, variable_list& grads) {
-    if (c10::impl::TorchDispatchModeTLS::stack_len() || torch::autograd::ForwardADLevel::try_get_by_idx(0)) return false;
-    if (!ordinary(g)) return false;
+    if (watched() || !ordinary(g)) return false;
     for (const Tensor& t : saved) if (!ordinary(t) || !within(t)) return false;
     const Tensor& first = saved[3];
     bool whole = saved.size() == 4;
