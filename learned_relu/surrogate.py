@@ -122,6 +122,7 @@ def _at_edge(x, edge, fill, upper, positive, width): # how near each element is,
     jump = torch.where(near > 0, x - fill, 0)
     return near, jump if upper else -jump
 
+# %% ../nbs/api/01_surrogate.ipynb #1248f149
 class _Replace(torch.autograd.Function):
     generate_vmap_rule = True
 
