@@ -10,6 +10,7 @@ __all__ = ['urls', 'find_images', 'image_dls', 'mnist_dls', 'Source']
 # %% ../../nbs/api/31_bench.data.ipynb #00cfe771
 import hashlib
 import warnings
+import zlib
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -72,19 +73,29 @@ def _check_once(path, files):
         a,b = (o.relative_to(path) for o in (folder, first))
         raise ValueError(f'{a} is the same folder as {b}, by a link, and its images would count twice: remove the link')
 
+# %% ../../nbs/api/31_bench.data.ipynb #c06952d4
 def _usable(file):
-    "Whether it is a file, not of a size that only an attack has, and an image."
+    "Whether it is a file, not of a size that only an attack has, and an image of up to eight bits a colour."
     if not file.is_file(): return False # a pipe, for one, which would be waited for
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
-        return verify_image(file)
+        if not verify_image(file): return False
+    with Image.open(file) as o: return o.mode[0] not in 'IF' # these would be cut off at 255, to white
+
+def _fingerprint(path, files):
+    "Of names, which say the class, sizes and contents."
+    def line(o):
+        data = o.read_bytes() if o.is_file() else b'' # a pipe would be waited for
+        return f'{o.relative_to(path).as_posix()} {len(data)} {zlib.crc32(data)}'
+    listing = '\n'.join(parallel(line, files, threadpool=True))
+    return hashlib.sha256(listing.encode('utf-8', 'surrogateescape')).hexdigest()[:16]
 
 def find_images(
     data:str, # 'imagenette', 'imagewoof', or the path of a folder with `train/` and `val/` or `valid/`
     source:str='320', # which of its images: '160' or '320' px on the shortest side, or 'full'; not for a folder
     skip_unreadable:bool=False, # leave out images that cannot be read, instead of raising
     verify:bool=True, # open each image, to find those that cannot be read
-) -> tuple: # folder, files in it, fingerprint of their names and sizes
+) -> tuple: # folder, files in it, fingerprint of their names and contents
     "The images of a data set; `ValueError` names a missing folder, a single class, or unreadable images."
     path = untar_data(urls[data][source]) if data in urls else Path(data)
     halves = _halves(data, path)
@@ -93,15 +104,15 @@ def find_images(
     _check_once(path, files)
     bad = {o for o,usable in zip(files, parallel(_usable, files)) if not usable} if verify else set()
     if bad and not skip_unreadable:
-        raise ValueError(f'{len(bad)} image(s) cannot be read, or have more than {Image.MAX_IMAGE_PIXELS:,} pixels; '
+        most = f'{Image.MAX_IMAGE_PIXELS:,} pixels or eight bits a colour'
+        raise ValueError(f'{len(bad)} image(s) cannot be read, or have more than {most}; '
                          f'the first is {min(bad).relative_to(path)}: mend it, or skip_unreadable')
     files = [o for o in files if o not in bad]
     classes = [{f.parent.name for f in files if path/o in f.parents} for o in halves]
     for o,there in zip(halves, classes):
         if not there: raise ValueError(f'data is {data!r}, whose {o}/ has no image: put some into it')
     _check_same_classes(halves, classes)
-    listing = '\n'.join(f'{o.relative_to(path).as_posix()} {o.stat().st_size}' for o in files)
-    return path, files, hashlib.sha256(listing.encode()).hexdigest()[:16]
+    return path, files, _fingerprint(path, files)
 
 # %% ../../nbs/api/31_bench.data.ipynb #34ed29a5
 class _Open(Transform):
@@ -189,7 +200,7 @@ class Source:
         trained = [parent_label(o) for o in self.files if self.path/'train' in o.parents]
         self.n_train,self.n_out,self.c_in = len(trained),len(set(trained)),3 # images, classes, channels
         if data not in urls: self.asked = self.name
-        self.images = decode_images(*found) if cache else None
+        self.images = decode_images(*found[1:]) if cache else None
 
     def __reduce__(self): return partial(self._again, same=self.fingerprint), ()
 

@@ -33,10 +33,7 @@ from .._files import cache_dir, whole_file
 # %% ../../nbs/api/31_bench.images.ipynb #d8cc2c84
 _FORMAT = 2
 
-def _stamp(path, files, fingerprint):
-    def line(o, s): return f'{os.path.relpath(o, path)} {s.st_size} {s.st_mtime_ns}'
-    text = '\n'.join([str(_FORMAT), PIL.__version__, fingerprint, *(line(o, o.stat()) for o in files)])
-    return hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
+def _stamp(fingerprint): return hashlib.sha256(f'{_FORMAT} {PIL.__version__} {fingerprint}'.encode()).digest()
 
 def _head(stamp, sizes): return stamp + hashlib.sha256(sizes.tobytes()).digest() + sizes.tobytes()
 
@@ -143,16 +140,14 @@ def _decode(path, files, stamp):
 
 # %% ../../nbs/api/31_bench.images.ipynb #dafb68cc
 def decode_images(
-    path:Path, # folder of the images
-    files:list, # images in it
-    fingerprint:str, # of their names and sizes, as `find_images` returns it; names the file
+    files:list, # images
+    fingerprint:str, # of their names and contents, as `find_images` returns it; names the file
     where:Path|None=None, # directory for the file; None: `learned_relu/images` under `$XDG_CACHE_HOME` or `~/.cache`
 ) -> DecodedImages: # in the order of `files`
     "All images in one file, decoded unless they are there; `ValueError` names an unreadable image or a full disk."
     where = Path(where or cache_dir()/'images').absolute()
-    stamp = _stamp(path, files, fingerprint)
-    name = hashlib.sha256(f'{_FORMAT} {PIL.__version__} {fingerprint}'.encode()).hexdigest()[:16]
-    file = where/f'{name}.rgb'
+    stamp = _stamp(fingerprint)
+    file = where/f'{stamp.hex()[:16]}.rgb'
     try:
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(file.with_suffix('.lock')):
