@@ -23,6 +23,7 @@ from learned_relu.reference import learned_relu_reference
 DEVICE = 'cpu' if os.environ.get('TRITON_INTERPRET') == '1' else 'cuda'
 DTYPES = [*DTYPES, torch.float16]
 SHAPES = [((3, 5), 1), ((2, 5, 3, 3), 1), ((2, 3, 70), 1), ((2, 3, 8, 9), 1), ((3, 4, 17), 0), ((2, 2, 2, 2, 3), 3)]
+KINDS = [(*o, d) for o in SHAPES for d in (DTYPES if o in SHAPES[:2] else DTYPES[:1] + DTYPES[2:3])]  # what takes the interpreter longest in two
 
 
 @pytest.fixture
@@ -56,9 +57,8 @@ def as_the_reference(shape, channel_dim, num, slope, dtype, last):
     for a, b in zip(torch.autograd.grad(less, [x, *ps[1:]], g), (grads[0], *grads[2:]), strict=True): assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('per_channel', [True, False])
-@pytest.mark.parametrize('shape,channel_dim', SHAPES)
+@pytest.mark.parametrize('shape,channel_dim,dtype', KINDS)
 def test_values_and_gradients_are_those_of_the_reference(shape, channel_dim, per_channel, dtype):
     for last in (False, True) if len(shape) == 4 and channel_dim == 1 else (False,):
         as_the_reference(shape, channel_dim, shape[channel_dim] if per_channel else 1, 'some', dtype, last)
@@ -85,7 +85,7 @@ def test_parameters_of_another_dtype(dtype, other, last): rounded(dtype, other, 
 
 
 @pytest.mark.parametrize('learns', [True, False])
-@pytest.mark.parametrize('shape,last', [((3, 5), False), ((2, 3, 2, 3), True)])
+@pytest.mark.parametrize('shape,last', [((2, 3), False), ((1, 3, 2, 2), True)])
 def test_gradients_are_those_of_finite_differences(shape, last, learns):
     args = given(*inputs(shape, 1, shape[1], 'some', last))
     args[1].requires_grad_(learns)

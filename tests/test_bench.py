@@ -1,13 +1,17 @@
 "Runs in pairs, records that survive, and the commands as a shell calls them."
 import errno
+import io
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -24,7 +28,17 @@ WOOF = Path(__file__).resolve().parents[2]/'shared'/'data'/'imagewoof2-160.tgz'
 pytestmark = pytest.mark.usefixtures('cache')
 
 
-def run(*args, **kwargs): return subprocess.run([*CMD, *map(str, args)], capture_output=True, text=True, **kwargs)
+def run(*args, check=False, command=CMD[0]):
+    "A command's own script, in this process, which has imported what takes long: what it said, and how it ended"
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as m, redirect_stdout(out), redirect_stderr(err):
+        m.setattr(sys, 'argv', [command, *map(str, args)])
+        try: runpy.run_path(command, run_name='__main__')
+        except SystemExit as e:
+            code = 0 if e.code is None else 1
+            if code: print(e.code, file=err)
+    assert not check or code == 0, err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), returncode=code)
 
 
 @pytest.fixture(scope='module')
@@ -123,8 +137,8 @@ def test_the_same_command_again_trains_nothing(finished):
 def test_a_run_more_joins_the_report(finished, tmp_path):
     out, args, _ = finished
     shutil.copytree(out, tmp_path/'o')
-    train = Path(CMD[0]).with_name('learned_relu_train')
-    subprocess.run([str(o) for o in (train, *args[:-5], '--arm', 'relu', '--seed', 2, '--out', tmp_path/'o')], check=True, capture_output=True)
+    train = str(Path(CMD[0]).with_name('learned_relu_train'))
+    run(*args[:-5], '--arm', 'relu', '--seed', 2, '--out', tmp_path/'o', check=True, command=train)
     table = pd.read_csv(tmp_path/'o'/'table.csv').set_index('arm')
     assert table.loc['relu', 'n'] == 3 and table.loc['learned', 'n'] == 2 and table.loc['learned', 'vs relu n'] == 2
 
@@ -204,7 +218,7 @@ def test_bad_input_ends_before_any_training(args, words, capsys):
 
 
 def test_a_shell_sees_the_error_and_no_traceback():
-    done = run('--arms', 'rellu')
+    done = subprocess.run([*CMD, '--arms', 'rellu'], capture_output=True, text=True)
     assert done.returncode == 1 and "arm is 'rellu'" in done.stderr and 'Traceback' not in done.stderr
 
 
