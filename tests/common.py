@@ -1,7 +1,12 @@
-"Small learners for the tests."
+"Small learners for the tests, and commands in their process."
+import io
 import random
-from contextlib import contextmanager
+import runpy
+import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import fastai.callback.schedule  # noqa: F401  adds fit_one_cycle and lr_find
 import numpy as np
@@ -36,3 +41,15 @@ class Follow(Callback):
     order = 100
     def __init__(self, get): self.get, self.seen = get, []
     def after_batch(self): self.seen.append(self.get(self.learn.model).detach().clone())
+
+
+def in_process(command, *args, check=False):
+    "Run a command's own script in this process, which has imported what takes long: what it said, and how it ended"
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with patch.object(sys, 'argv', [str(command), *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+        try: runpy.run_path(str(command), run_name='__main__')
+        except SystemExit as e:
+            code = 0 if e.code is None else 1
+            if code: print(e.code, file=err)
+    assert not check or code == 0, err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), returncode=code)

@@ -1,21 +1,18 @@
 "Runs in pairs, records that survive, and the commands as a shell calls them."
 import errno
-import io
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from common import in_process
 
 from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.data import Source
@@ -28,17 +25,7 @@ WOOF = Path(__file__).resolve().parents[2]/'shared'/'data'/'imagewoof2-160.tgz'
 pytestmark = pytest.mark.usefixtures('cache')
 
 
-def run(*args, check=False, command=CMD[0]):
-    "A command's own script, in this process, which has imported what takes long: what it said, and how it ended"
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as m, redirect_stdout(out), redirect_stderr(err):
-        m.setattr(sys, 'argv', [command, *map(str, args)])
-        try: runpy.run_path(command, run_name='__main__')
-        except SystemExit as e:
-            code = 0 if e.code is None else 1
-            if code: print(e.code, file=err)
-    assert not check or code == 0, err.getvalue()
-    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), returncode=code)
+def run(*args, check=False, command=CMD[0]): return in_process(command, *args, check=check)
 
 
 @pytest.fixture(scope='module')
