@@ -153,11 +153,11 @@ def until(process, line):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.tried('a process or a machine killed', 'n')
-@pytest.mark.parametrize('n', [1, pytest.param(6, marks=pytest.mark.slow)])
-def test_a_driver_that_is_killed_loses_only_what_ran(cluster, local, tmp_path, n):
-    rng = random.Random(n)
-    for _ in range(n):
+@pytest.mark.slow
+@pytest.mark.tried('a process or a machine killed', 6)
+def test_a_driver_that_is_killed_loses_only_what_ran(cluster, local, tmp_path):
+    rng = random.Random(6)
+    for _ in range(6):
         one = command(tmp_path, '--address', cluster.address)
         until(one, ', seed')
         time.sleep(rng.uniform(0, 6))
