@@ -70,6 +70,9 @@ def test_the_switch_for_a_process_a_block_and_a_call():
         with pytest.raises(ZeroDivisionError), impl('reference'): 1/0  # noqa: B018
         assert form(learned_relu(x, *ps)) == 'eager'
     assert form(learned_relu(x, *ps)) == 'kernel'
+    with impl('kernel'):  # which is no reason to lose the tangents of who looks on
+        _, t = torch.func.jvp(lambda x: learned_relu(x, *ps), (x.detach(),), (torch.ones(4, 3),))
+        assert torch.equal(t, torch.where(x > 0, 1., .1)*(torch.where(x > 0, x, .1*x) - .2 < 1))
     code = ('import torch; from learned_relu.functional import learned_relu as f\n'
             'y = f(torch.ones(2, 3, requires_grad=True), *map(torch.tensor, (.1, .2, 1.))); print(y.grad_fn.how.backend.name)')
     assert child('-c', code, LEARNED_RELU_IMPL='eager').stdout == 'eager\n'
