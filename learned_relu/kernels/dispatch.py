@@ -78,8 +78,7 @@ def _checked(name):
 def impl(
     name:str, # 'reference', 'eager' or 'kernel', as in `learned_relu`; None for the fastest that an input allows
 ) -> Iterator:
-    """Context in which curves are computed in this form, unless a call says otherwise or somebody looks on (`transformed`)
-    who needs the readable one; `ValueError` for another name."""
+    "Curves take this form here, unless a call says otherwise or somebody looks on; `ValueError` for another name."
     token = _chosen.set(_checked(name))
     try: yield
     finally: _chosen.reset(token)
