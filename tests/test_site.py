@@ -106,6 +106,13 @@ def test_a_page_loads_with_its_figures_and_formulas_and_fits_a_phone(source, bro
     assert browser.execute_script(OUTSIDE) == [] # what is wider than the screen, and cannot be scrolled by itself
 
 
+def test_types_and_links_are_those_that_a_reader_means(site):
+    pages = {o.stem: o.read_text() for o in (site/'api').glob('*.html')}
+    assert len(pages) > 80 and not [k for k, v in pages.items() if 'NoneType' in v or '&lt;class ' in v]
+    words = {k: set(re.findall(r'/api/([\w.]+)\.html#(?:backward|first|fit|forward)"><code>', v)) for k, v in pages.items()}
+    assert all(v <= {k} for k, v in words.items()) and any(words.values())
+
+
 def test_nothing_comes_from_elsewhere(site):
     pages = {str(o.relative_to(site)): o.read_text() for o in site.rglob('*.html')}
     loads = re.compile(r'<(?:script|img|iframe)[^>]* src="(?:https?:)?//|<link[^>]*(?:stylesheet|icon|preload)[^>]*>')

@@ -28,7 +28,11 @@ def parameter_table(sym) -> str:
     source = source_of(sym.__init__ if isclass(sym) else sym) # a dataclass has no `__init__` in a file
     for name, said in re.findall(r'^\s*\*\*(\w+)[^#\n]*# (.+)$', source, flags=re.M):
         if name in table.dm: table.dm[name]['docment'] = said
-    return str(table)
+    return readable(str(table))
+
+def readable(text) -> str:
+    "No type where it was only guessed from a default of None; a class by its name."
+    return re.sub(r"<class '[\w.]*?(\w+)'>", r'\1', text.replace('| NoneType |', '| |'))
 
 class ParameterTable(BasicMarkdownRenderer):
     "Source link, heading, call, docstring and a table of parameters."
@@ -38,4 +42,4 @@ class ParameterTable(BasicMarkdownRenderer):
         at = place(self.sym) # nbdev takes the first module that has a name
         if at: before = re.sub(r'(?<=/blob/)([^/]+)/[^)]+', rf'\1/{at}', before)
         call = ', '.join(str(p.replace(annotation=Parameter.empty)) for p in params)
-        return f'{before}```python\n{self.nm}({call})\n```\n\n{after.strip()}\n\n{parameter_table(self.sym)}'
+        return f'{before}```python\n{self.nm}({readable(call)})\n```\n\n{after.strip()}\n\n{parameter_table(self.sym)}'
