@@ -223,7 +223,10 @@ def test_forward_mode():
 
 def test_traced_and_exported_as_the_readable_form():
     class Act(torch.nn.Module):
-        def forward(self, x): return learned_relu(x, *ps)
+        def __init__(self):
+            super().__init__()
+            for k, p in zip(('leak', 'sub', 'maxv'), ps, strict=True): self.register_buffer(k, p)
+        def forward(self, x): return learned_relu(x, self.leak, self.sub, self.maxv)
     x, ps = torch.randn(2, 3, 4, 4), params(3, torch.float32, grad=False)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch.jit says that it is deprecated

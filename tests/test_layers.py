@@ -45,6 +45,8 @@ def test_a_layer_follows_the_dtype_of_its_input(layer, dtype):
 
 @each_layer
 def test_compiled_in_both_modes(layer):
+    odd = isinstance(layer, LeakyGradRelu) or isinstance(layer, LearnedClip) and not layer.learn
+    if odd and torch.__version__ < (2, 5): pytest.skip('the compiler of PyTorch 2.4 cannot')
     layer, x = deepcopy(layer), torch.randn(2, 3, 4, 4)
     if getattr(layer, 'learn', ()): layer.update_averages(.9)
     torch._dynamo.reset()  # all layers share one forward, whose recompilations are counted
