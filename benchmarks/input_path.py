@@ -51,7 +51,7 @@ def main(
     began, rows, ratios = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), [], []
     with tempfile.TemporaryDirectory() as d:
         tick = time.perf_counter()
-        images = decode_images(path, files, f'{mark} every {every}', d)
+        images = decode_images(files, f'{mark} every {every}', d)
         decode = time.perf_counter() - tick
         contents = dict(images=len(files), megabytes=round(images.path.stat().st_size/1e6, 1), seconds=round(decode, 2))
         model = plain_xresnet(arch, 10)

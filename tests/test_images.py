@@ -1,9 +1,11 @@
 "Decoded once: the same batches bit by bit, and a file that is whole or not there."
 import errno
 import io
+import json
 import os
 import pickle
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import time
 import warnings
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -156,7 +159,7 @@ def test_what_is_no_image_is_named_or_left_out_and_never_waited_for(what, tmp_pa
     image(place/'0.jpg')
     whole = find_images(path)[1]
     ODD[what](place)
-    said = r'1 image\(s\) cannot be read, or have more than [\d,]+ pixels or eight bits a colour; the first is train'
+    said = r'1 image\(s\) cannot be read, have more than [\d,]+ pixels, or integers or floats for colours; the first is train'
     with pytest.raises(ValueError, match=said): find_images(path)
     assert find_images(path, skip_unreadable=True)[1] == whole
 
@@ -341,6 +344,12 @@ class Sleepy:
 class Slow(nn.Linear):
     "A model that takes 60 ms"
     def forward(self, x): time.sleep(.06); return super().forward(x.flatten(1))
+
+
+def test_the_script_of_the_record_of_loading_runs(images, tmp_path, monkeypatch):
+    main = runpy.run_path(str(Path(__file__).parents[1]/'benchmarks'/'input_path.py'))['main']
+    main(images, tmp_path/'out', every=1, size=16, bs=4, rounds=1, steps=1, batches=1)
+    assert len(json.loads((tmp_path/'out'/'input.json').read_text())['rows']) == 4
 
 
 def test_the_share_of_loading_is_measured():

@@ -107,10 +107,13 @@ def test_a_page_loads_with_its_figures_and_formulas_and_fits_a_phone(source, bro
 
 
 def test_types_and_links_are_those_that_a_reader_means(site):
-    pages = {o.stem: o.read_text() for o in (site/'api').glob('*.html')}
-    assert len(pages) > 80 and not [k for k, v in pages.items() if 'NoneType' in v or '&lt;class ' in v]
+    pages = {o.stem: o.read_text() for o in site.rglob('*.html')}
+    assert len(pages) > 100 and not [k for k, v in pages.items() if 'NoneType' in v or '&lt;class ' in v]
     words = {k: set(re.findall(r'/api/([\w.]+)\.html#(?:backward|first|fit|forward)"><code>', v)) for k, v in pages.items()}
     assert all(v <= {k} for k, v in words.items()) and any(words.values())
+    copies = {o: o.read_text() for o in [*site.rglob('*.md'), REPO/'README.md']}
+    assert not [k for k, v in copies.items() if '[[' in re.sub(r'```.*?```|`[^`]*`', '', v, flags=re.S)]  # a link within a link
+    assert not [k for k, v in copies.items() if '[`first`](' in v]
 
 
 def test_nothing_comes_from_elsewhere(site):

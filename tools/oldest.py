@@ -1,7 +1,7 @@
 """Run tests with the oldest versions that settings.ini allows: `python tools/oldest.py FOLDER [TEST ...]`.
 
-FOLDER is a virtual environment, made where it is not there yet. Without TEST all files of tests/ are run that need neither
-a browser, a cluster, Triton nor what reads and builds notebooks."""
+FOLDER is a virtual environment, made where it is not there yet. Without TEST all files of tests/ are run that need
+neither a browser, a cluster, Triton nor what reads and builds notebooks."""
 import re
 import subprocess
 import sys
@@ -19,8 +19,9 @@ def oldest():
     cfg = ConfigParser(delimiters=['='], interpolation=None)
     cfg.read(ROOT/'settings.ini', encoding='utf-8')
     asked = f"{cfg['DEFAULT']['requirements']} {cfg['DEFAULT']['bench_requirements']}"
-    # 2.4 stands for all its patches, and of what stands for itself (2.8.9) there is only one
-    return [f'{name}=={low}' + ('.*' if low.count('.') == 1 else '') for name, low in re.findall(r'([\w-]+)>=([\d.]+)', asked) if '.' in low]
+    bounds = [o for o in re.findall(r'([\w-]+)>=([\d.]+)', asked) if '.' in o[1]]
+    # any patch of 2.4, but 2.8.11 itself
+    return [f'{name}=={low}' + ('.*' if low.count('.') == 1 else '') for name, low in bounds]
 
 
 def make(env):
@@ -28,16 +29,18 @@ def make(env):
     with tempfile.NamedTemporaryFile('w', suffix='.txt') as f:
         f.write('\n'.join(oldest()))
         f.flush()
-        more = 'pytest', 'hypothesis', 'expecttest', 'safetensors', 'psutil'
-        subprocess.run([env/'bin'/'python', '-m', 'pip', 'install', '-q', '-c', f.name, '-e', f'{ROOT}[bench]', *more], check=True)
+        more = 'pytest', 'hypothesis', 'expecttest', 'safetensors'
+        pip = [env/'bin'/'python', '-m', 'pip', 'install', '-q', '-c', f.name]
+        subprocess.run([*pip, '-e', f'{ROOT}[bench]', *more], check=True)
 
 
-def main(env, *tests):
+def main(env=None, *tests):
+    if env is None: sys.exit(__doc__)
     env = Path(env).absolute()
     if not (env/'bin'/'pytest').exists(): make(env)
     files = [o for o in sorted((ROOT/'tests').glob('test_*.py')) if o.stem.removeprefix('test_') not in ELSEWHERE]
-    command = [env/'bin'/'python', '-m', 'pytest', '-p', 'no:cacheprovider', '--confcutdir', ROOT/'tests', *(tests or files)]
-    sys.exit(subprocess.run(command, cwd=ROOT).returncode)
+    pytest = [env/'bin'/'python', '-m', 'pytest', '-p', 'no:cacheprovider', '--confcutdir', ROOT/'tests']
+    sys.exit(subprocess.run([*pytest, *(tests or files)], cwd=ROOT).returncode)
 
 
 if __name__ == '__main__': main(*sys.argv[1:])

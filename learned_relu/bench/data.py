@@ -75,12 +75,12 @@ def _check_once(path, files):
 
 # %% ../../nbs/api/31_bench.data.ipynb #c06952d4
 def _usable(file):
-    "Whether it is a file, not of a size that only an attack has, and an image of up to eight bits a colour."
+    "Whether it is a file, not of a size that only an attack has, and an image whose values fit into eight bits."
     if not file.is_file(): return False # a pipe, for one, which would be waited for
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         if not verify_image(file): return False
-    with Image.open(file) as o: return o.mode[0] not in 'IF' # these would be cut off at 255, to white
+    with Image.open(file) as o: return o.mode[0] not in 'IF' # integers and floats, which would be cut off at 255
 
 def _fingerprint(path, files):
     "Of names, which say the class, sizes and contents."
@@ -104,8 +104,8 @@ def find_images(
     _check_once(path, files)
     bad = {o for o,usable in zip(files, parallel(_usable, files)) if not usable} if verify else set()
     if bad and not skip_unreadable:
-        most = f'{Image.MAX_IMAGE_PIXELS:,} pixels or eight bits a colour'
-        raise ValueError(f'{len(bad)} image(s) cannot be read, or have more than {most}; '
+        most = f'{Image.MAX_IMAGE_PIXELS:,} pixels'
+        raise ValueError(f'{len(bad)} image(s) cannot be read, have more than {most}, or integers or floats for colours; '
                          f'the first is {min(bad).relative_to(path)}: mend it, or skip_unreadable')
     files = [o for o in files if o not in bad]
     classes = [{f.parent.name for f in files if path/o in f.parents} for o in halves]

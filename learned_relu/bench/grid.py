@@ -88,5 +88,5 @@ def plot_grid(
         fig.legend(loc='outside lower center')
     ax.margins(.15)
     ax.set(xlabel='sub', ylabel='leak', title='Fixed curves, the same in every layer')
-    fig.colorbar(seen, label=f'points to {ends.index[-1]}')
+    fig.colorbar(seen, label=f'points above {ends.index[-1]}')
     return fig

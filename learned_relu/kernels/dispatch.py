@@ -78,7 +78,7 @@ def _checked(name):
 def impl(
     name:str, # 'reference', 'eager' or 'kernel', as in `learned_relu`; None for the fastest that an input allows
 ) -> Iterator:
-    "Curves take this form here, unless a call says otherwise or somebody looks on; `ValueError` for another name."
+    "Context in which curves take this form, but in calls that name another or are traced; `ValueError` for others."
     token = _chosen.set(_checked(name))
     try: yield
     finally: _chosen.reset(token)
