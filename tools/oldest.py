@@ -20,7 +20,7 @@ def oldest():
     cfg.read(ROOT/'settings.ini', encoding='utf-8')
     asked = f"{cfg['DEFAULT']['requirements']} {cfg['DEFAULT']['bench_requirements']}"
     bounds = [o for o in re.findall(r'([\w-]+)>=([\d.]+)', asked) if '.' in o[1]]
-    # any patch of 2.4, but 2.8.11 itself
+    # any patch of 2.4, but 2.8.12 itself
     return [f'{name}=={low}' + ('.*' if low.count('.') == 1 else '') for name, low in bounds]
 
 

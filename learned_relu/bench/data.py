@@ -104,8 +104,8 @@ def find_images(
     _check_once(path, files)
     bad = {o for o,usable in zip(files, parallel(_usable, files)) if not usable} if verify else set()
     if bad and not skip_unreadable:
-        most = f'{Image.MAX_IMAGE_PIXELS:,} pixels'
-        raise ValueError(f'{len(bad)} image(s) cannot be read, have more than {most}, or integers or floats for colours; '
+        most = f'have more than {Image.MAX_IMAGE_PIXELS:,} pixels'
+        raise ValueError(f'{len(bad)} image(s) cannot be read, {most}, or integers or floats for colours; '
                          f'the first is {min(bad).relative_to(path)}: mend it, or skip_unreadable')
     files = [o for o in files if o not in bad]
     classes = [{f.parent.name for f in files if path/o in f.parents} for o in halves]
