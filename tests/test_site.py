@@ -112,7 +112,7 @@ def test_types_and_links_are_those_that_a_reader_means(site):
     words = {k: set(re.findall(r'/api/([\w.]+)\.html#(?:backward|first|fit|forward)"><code>', v)) for k, v in pages.items()}
     assert all(v <= {k} for k, v in words.items()) and any(words.values())
     copies = {o: o.read_text() for o in [*site.rglob('*.md'), REPO/'README.md']}
-    assert not [k for k, v in copies.items() if '[[' in re.sub(r'```.*?```|`[^`]*`', '', v, flags=re.S)]  # a link within a link
+    assert not [k for k, v in copies.items() if '[[`' in v]  # a link within a link
     assert not [k for k, v in copies.items() if '[`first`](' in v]
 
 
