@@ -22,6 +22,7 @@ SUPERSEDED = {
     '2026-11-21-speed-kernels-2-cores': '2026-11-21-speed-fused-2-cores',
     '2026-11-21-speed-calls-2-cores': '2026-11-21-speed-fused-2-cores',
     '2026-11-21-speed-fused-2-cores-given-back': '2026-11-21-speed-fused-2-cores',
+    '2026-11-27-two-cores': '2026-11-27-two-cores-all',
 }
 
 
