@@ -1,7 +1,7 @@
 """Run tests with the oldest versions that settings.ini allows: `python tools/oldest.py FOLDER [TEST ...]`.
 
 FOLDER is a virtual environment, made where it is not there yet. Without TEST all files of tests/ are run that need
-neither a browser, a cluster, Triton nor what reads and builds notebooks."""
+neither a browser, a cluster, Triton, trackers of experiments nor what reads and builds notebooks."""
 import re
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = 'cuda pages ray release results rings site'.split() # what these need has oldest versions of its own
+ELSEWHERE = 'cuda log pages ray release results rings site'.split() # what these need has oldest versions of its own
 
 
 def oldest():
