@@ -237,6 +237,11 @@ def test_an_image_that_changed_but_kept_its_length_is_decoded_again(tmp_path, ca
     assert capsys.readouterr().out.count('Decoding') == 2
 
 
+def test_other_files_of_the_same_data_are_not_those_that_were_decoded(folder, tmp_path):
+    path, files, mark = find_images(folder)
+    for some in files[:9], files[9:18], files[8::-1]: same(decode_images(some, mark, tmp_path), some)
+
+
 @pytest.mark.tried('a file damaged, cut or foreign')
 def test_images_of_one_length_that_changed_places_are_other_data(tmp_path):
     path = pictures(tmp_path/'p', 12)
@@ -346,7 +351,7 @@ class Slow(nn.Linear):
     def forward(self, x): time.sleep(.06); return super().forward(x.flatten(1))
 
 
-def test_the_script_of_the_record_of_loading_runs(images, tmp_path, monkeypatch):
+def test_the_script_of_the_record_of_loading_runs(images, tmp_path):
     main = runpy.run_path(str(Path(__file__).parents[1]/'benchmarks'/'input_path.py'))['main']
     main(images, tmp_path/'out', every=1, size=16, bs=4, rounds=1, steps=1, batches=1)
     assert len(json.loads((tmp_path/'out'/'input.json').read_text())['rows']) == 4

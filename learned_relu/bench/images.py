@@ -33,7 +33,10 @@ from .._files import cache_dir, whole_file
 # %% ../../nbs/api/31_bench.images.ipynb #d8cc2c84
 _FORMAT = 2
 
-def _stamp(fingerprint): return hashlib.sha256(f'{_FORMAT} {PIL.__version__} {fingerprint}'.encode()).digest()
+def _stamp(files, fingerprint):
+    names = [f'{o.parent.name}/{o.name}' for o in files] # which may be a part of what has the fingerprint
+    text = '\n'.join([str(_FORMAT), PIL.__version__, fingerprint, *names])
+    return hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
 
 def _head(stamp, sizes): return stamp + hashlib.sha256(sizes.tobytes()).digest() + sizes.tobytes()
 
@@ -146,7 +149,7 @@ def decode_images(
 ) -> DecodedImages: # in the order of `files`
     "All images in one file, decoded unless they are there; `ValueError` names an unreadable image or a full disk."
     where = Path(where or cache_dir()/'images').absolute()
-    stamp = _stamp(fingerprint)
+    stamp = _stamp(files, fingerprint)
     file = where/f'{stamp.hex()[:16]}.rgb'
     try:
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
