@@ -1,7 +1,9 @@
 "The docs site, built and read in a real browser: what a reader sees, finds and can move."
 import functools
+import gzip
 import http.server
 import importlib
+import json
 import pkgutil
 import re
 import shutil
@@ -16,13 +18,16 @@ import pytest
 import torch
 import yaml
 from fastcore.nbio import read_nb
+from fontTools.ttLib import TTFont
 from nbdev.config import get_config
+from PIL import Image
 
-import learned_relu
+import learned_relu.all
 from learned_relu.reference import learned_relu_reference
 
 REPO = Path(__file__).parents[1]
 SOURCES = sorted(o.relative_to(REPO/'nbs') for o in (REPO/'nbs').rglob('*') if o.suffix in ('.ipynb', '.qmd') and not o.name.startswith(('.', '_')))
+PAGES = [o for o in SOURCES if o.stem != '404']  # which is shown in the place of pages that are not there
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 DRIVER = shutil.which('chromedriver')
 FLAGS = ('headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync '
@@ -115,6 +120,69 @@ def test_types_and_links_are_those_that_a_reader_means(site):
     for texts, link in (pages, rf'{to}#{words}"><code>'), (copies, rf'\[`{words}`\]\([^)\s]*{to}#'):
         led = {k: set(re.findall(link, v)) for k, v in texts.items()}
         assert all(v <= {k} for k, v in led.items()) and any(led.values())
+
+
+def test_what_a_page_shows_names_nothing_that_it_does_not_give(site, tmp_path):
+    shown = {o: o.read_text() for o in site.rglob('*.llms.md')}
+    codes = {k: re.findall(r'^```python\n(.*?)^```', v, flags=re.M | re.S) for k, v in shown.items()}
+    stars = {}
+    for i, (page, blocks) in enumerate(codes.items()):
+        cells = [o for o in blocks if not re.fullmatch(r'[\w.]+\([^\n]*\)\n', o)]  # how a function is called, above its table
+        (tmp_path/f'page{i}.py').write_text('\n\n'.join(cells))
+        given = {k for o in cells for m in re.findall(r'^from (\S+) import \*', o, flags=re.M) for k in dir(importlib.import_module(m))}
+        stars[f'page{i}.py'] = page.name, given
+    command = [Path(sys.executable).with_name('ruff'), 'check', '--isolated', '--select=F821,F405', '--output-format=json', tmp_path]
+    said = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+    missing = {(stars[Path(o['filename']).name][0], name) for o in said for name in [re.search('`(.+?)`', o['message'])[1]]
+               if name not in stars[Path(o['filename']).name][1]}
+    assert len(stars) > 100 and sum(map(len, codes.values())) > 500 and missing == set()
+
+
+def test_lines_of_code_fit_beside_the_lists(site):
+    shown = [o for p in site.rglob('*.llms.md') for o in re.findall(r'^```python\n(.*?)^```', p.read_text(), flags=re.M | re.S)]
+    wide = [o for o in shown if max(map(len, o.split('\n'))) > 72]  # a text or a comment that has no place to break
+    assert len(shown) > 500 and len(wide) < len(shown)/10
+
+
+def test_every_promised_name_has_a_line_and_a_page(site):
+    text = (site/'api/names.html').read_text()
+    rows = re.findall(r'<td><a href="([^"]+)">([\w.]+)</a><code>\(', text)
+    fastai = [k for k in vars(learned_relu.all) if not k.startswith('_') and k not in learned_relu.__all__]
+    assert [name for _, name in rows] == [*learned_relu.__all__, *fastai, 'Learner.to_learned_relu', 'Learner.to_relu']
+    for to, name in rows:
+        page, _, mark = to.partition('#')
+        assert f'id="{mark}"' in (site/'api'/page).read_text() and name.lower() == mark
+
+
+def test_pages_say_where_their_source_is_and_how_they_look_on_a_card(site):
+    for source in SOURCES:
+        text = (site/source.with_name(html(source))).read_text()
+        assert {f'/{o}/main/nbs/{source.as_posix()}"' in text for o in ('edit', 'blob')} == {True}, source
+        cards = dict(re.findall(r'<meta property="og:(\w+)" content="([^"]+)"', text))
+        assert set(cards) >= {'title', 'description', 'image'}, source
+    image = site/cards['image'].removeprefix(get_config().doc_url)
+    with Image.open(image) as picture: assert picture.format == 'PNG' and min(picture.size) >= 200
+
+
+def test_an_address_without_a_page_leads_back_from_everywhere(site):
+    links = re.findall(r'(?:href|src)="([^"#]+)"', (site/'404.html').read_text())
+    base = get_config().doc_url
+    ours = [o for o in links if o.startswith(base)]
+    assert len(ours) > 20 and [o for o in links if not re.match(r'https?://', o)] == []
+    assert [o for o in ours if not (site/o.removeprefix(base).partition('?')[0]).exists()] == []
+
+
+def test_the_front_page_is_light(site, browser, url):
+    see(browser, 1280)
+    browser.get(url)
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(o => o.name)")
+    files = [site/'index.html', *(site/o.removeprefix(url).partition('?')[0] for o in loaded)]
+    sent = {o.name: len(o.read_bytes() if o.suffix in ('.png', '.woff') else gzip.compress(o.read_bytes())) for o in files}
+    assert len(sent) > 8 and 'bootstrap-icons.woff' in sent and sum(sent.values()) < 300_000, sent
+    drawn = browser.execute_script("return [...document.querySelectorAll('i.bi')].map(o => getComputedStyle(o, '::before').content)")
+    codes = TTFont(site/'site_libs/bootstrap-icons/fonts/bootstrap-icons.woff').getBestCmap()
+    drawn = [o.strip('"') for o in drawn if o not in ('none', 'normal')]
+    assert len(drawn) > 3 and [o for o in drawn if ord(o) not in codes] == []
 
 
 def test_nothing_comes_from_elsewhere(site):
@@ -247,7 +315,7 @@ def contents(items):
 
 def test_every_page_is_in_the_sidebar_and_in_the_list_of_its_part():
     listed = list(contents(yaml.safe_load((REPO/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']))
-    assert sorted(listed) == sorted(o.as_posix() for o in SOURCES)
+    assert sorted(listed) == sorted(o.as_posix() for o in PAGES)
     def head(part): return yaml.safe_load((REPO/'nbs'/part/'index.qmd').read_text().split('---')[1])
     def pages(part): return [o for o in listed if o.startswith(part) and o.endswith('ipynb')]
     assert [f'api/{o}' for group in head('api')['listing'] for o in group['contents']] == pages('api')
@@ -274,7 +342,16 @@ def test_source_links_lead_to_the_module_of_their_page(site, name):
 
 def test_llms_txt_names_every_page(site):
     named = {o.removeprefix(get_config().doc_url.rstrip('/')).lstrip('/') for o in re.findall(r'\]\(([^)]+)\)', (site/'llms.txt').read_text())}
-    assert [o for o in SOURCES if o.with_name(html(o)).as_posix().replace('.html', '.llms.md') not in named] == []
+    assert [o for o in PAGES if o.with_name(html(o)).as_posix().replace('.html', '.llms.md') not in named] == []
+
+
+def test_models_read_lists_in_the_order_of_the_site(site):
+    parts = re.findall(r'^## (.+)$', (site/'llms.txt').read_text(), flags=re.M)
+    assert parts[:2] == ['Start', 'Tutorials'] and parts.index('Reference: Layers and models') < parts.index('Reference: Internals')
+    for part in 'tutorials', 'explanations', 'api':
+        text = (site/part/'index.llms.md').read_text()
+        pages = [o for o in PAGES if o.parent.name == part and o.suffix == '.ipynb']
+        assert [o for o in pages if f']({html(o).replace(".html", ".llms.md")}): ' not in text] == [], part
 
 
 def points(line): return torch.tensor([[float(v) for v in o.split(',')] for o in line.get('points').split()], dtype=torch.float64).T
