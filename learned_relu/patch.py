@@ -59,8 +59,10 @@ def _refuse_empty(model, slots, mine, replace, include, exclude):
         if not any(fnmatch(n, e) for s in slots for n in s.names):
             raise ValueError(f'exclude={e!r} matches none of the activations: look at patch_relus(model, dry_run=True)')
     if mine: return
-    raise ValueError(f'There is nothing to patch: no {replace} among the modules of {type(model).__name__}, '
-                     f'and no ReLU called as a function, with include={include!r}, exclude={exclude!r}')
+    kinds = ' or '.join(o.__name__ for o in _as_tuple(replace))
+    raise ValueError(f'There is nothing to patch: no {kinds} among the modules of {type(model).__name__}, and no ReLU '
+                     f'called as a function, with include={include!r}, exclude={exclude!r}; of other activations '
+                     'modules are replaced, and functions never')
 
 def _refuse_shared(slots):
     for s in slots:
@@ -166,7 +168,8 @@ def _found(model, sample, replace, required):
         for s in slots: s.traced = False
         return joined(slots, True), {}, None, []
     where = ', '.join(str(c.site) for c in late)
-    said = [f'{len(late)} more calls are made in training only and stay: {where}'] if late else []
+    more = f'{len(late)} more call is' if len(late) == 1 else f'{len(late)} more calls are'
+    said = [f'{more} made in training only, and left alone: {where}'] if late else []
     others = {f'{k}()': v for k,v in others.items()}
     if nn.ReLU in _as_tuple(replace): return slots + functions, others, sample, said
     if functions: others['relu()'] = sum(len(s.calls) for s in functions)
@@ -229,6 +232,9 @@ def patch_relus(
         starts,told = _started(chosen, values)
         report = PatchReport(_rows(mine, layer, fused), notes + said + told, others | excluded)
         if dry_run: return report
+        if not chosen:
+            raise ValueError('There is nothing to patch: '
+                             f'no call of {type(model).__name__} can be given a curve.\n{report}')
         _fill(model, chosen, layer, init, layer_kwargs, starts)
         try:
             with swapped(model, chosen):

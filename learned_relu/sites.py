@@ -28,13 +28,14 @@ _nested = '<listcomp>', '<setcomp>', '<dictcomp>', '<genexpr>'
 
 class Site(NamedTuple):
     "A call in the source, made by one object."
-    owner:object # first argument of the function that the call stands in, or None
+    owner:object # first argument of the function that the call stands in, the module where that is a method; or None
     code:types.CodeType # of that function
     lines:tuple # first and last line of the call
     end:int # column after it, None where Python does not tell
 
     @property
-    def key(self): return id(self.owner), self.code, self.lines, self.end
+    def key(self): # a function's first argument is another one each time that it is called
+        return id(self.owner) if isinstance(self.owner, nn.Module) else None, self.code, self.lines, self.end
     def __str__(self):
         return f'{Path(self.code.co_filename).name}:{self.lines[0]} in {self.code.co_name}'
 

@@ -429,7 +429,10 @@ def test_calls_that_only_look_like_one(build, learning, why):
     torch.manual_seed(0)
     model, x, longer = build(), torch.randn(2, 4), torch.randn(3, 4)
     before = model(x), model(longer)
-    report = patch_relus(model, x, init='same')
+    if learning: report = patch_relus(model, x, init='same')
+    else:
+        with pytest.raises(ValueError, match='There is nothing to patch'): patch_relus(model, x, init='same')
+        report = patch_relus(model, x, dry_run=True)
     assert report.learning == learning and any(why in o.note for o in report.rows), report
     assert torch.equal(model(x), before[0]) and torch.equal(model(longer), before[1])
     if build is ByArgument: assert (model(x, torch.tanh) < 0).any()
@@ -447,8 +450,8 @@ def test_a_source_that_is_not_what_runs_is_not_written_anew(tmp_path, monkeypatc
     model = net_on_disk.Net()
     y = model(x)
     write('F.relu(self.fc(x))*333')
-    report = patch_relus(model, x, init='same')
-    assert 'has changed since it was imported' in report.rows[0].note and torch.equal(model(x), y)
+    with pytest.raises(ValueError, match='has changed since it was imported'): patch_relus(model, x, init='same')
+    assert torch.equal(model(x), y)
     sys.modules.pop('net_on_disk')
 
 
@@ -547,3 +550,29 @@ def test_taking_out_refuses_a_class_that_was_changed_since_and_changes_nothing()
     assert {m: type(m) for m in model.modules()} == classes and len(act_layers(model)) == 6
     nn.utils.parametrize.remove_parametrizations(owner, 'scale')
     assert len(unpatch_relus(model)) == 6 and type(owner) is Shared
+
+
+def helper(x): return F.relu(x)
+
+
+class Helped(nn.Module):
+    "Calls a ReLU in a function, which is not its method, and one of its own"
+    def __init__(self, own):
+        super().__init__()
+        self.lin, self.own = nn.Linear(4, 4), nn.ReLU() if own else nn.Identity()
+
+    def forward(self, x): return helper(self.own(helper(self.lin(x))))
+
+
+def test_a_call_in_a_function_is_told_once_whatever_it_is_given():
+    report = patch_relus(Helped(True), torch.randn(2, 4))
+    assert (report.calls, report.learning) == (3, 1) and not any('training' in o for o in report.notes)
+    row, = [o for o in report.rows if 'helper' in o.name]
+    assert row.calls == 2 and 'helper is no method of a module' in row.note
+
+
+def test_where_no_call_can_be_reached_that_is_an_error_which_says_why():
+    model = Helped(False)
+    assert patch_relus(model, torch.randn(2, 4), dry_run=True).learning == 0
+    with pytest.raises(ValueError, match='(?s)no call of Helped can be given a curve.*helper is no method of a module'): patch_relus(model, torch.randn(2, 4))
+    assert not act_layers(model)
