@@ -22,10 +22,10 @@ or <a href="{hosted}">open it in Colab</a></p>
 def pages_of(src): return [p for part in PARTS for p in sorted((src/part).glob('*.ipynb'))]
 
 def install(codes, repo):
-    "What installs the packages that `codes` import; a clone, where they read its files"
+    "What installs the packages that `codes` import, or the whole repository where they read its files"
     nodes = [o for code in codes for o in ast.walk(ast.parse(code)) if isinstance(o, ast.ImportFrom)]
     rooms = {o.module.partition('.')[0] for o in nodes}
-    if 'nbdev' in rooms: return CLONE.format(repo=repo)
+    if any('benchmarks' in code for code in codes): return CLONE.format(repo=repo)
     return INSTALL.format(extras='bench,ray' if 'ray' in rooms else 'bench', repo=repo)
 
 def hosted(name, repo):
