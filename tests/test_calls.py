@@ -574,5 +574,6 @@ def test_a_call_in_a_function_is_told_once_whatever_it_is_given():
 def test_where_no_call_can_be_reached_that_is_an_error_which_says_why():
     model = Helped(False)
     assert patch_relus(model, torch.randn(2, 4), dry_run=True).learning == 0
-    with pytest.raises(ValueError, match='(?s)no call of Helped can be given a curve.*helper is no method of a module'): patch_relus(model, torch.randn(2, 4))
+    why = '(?s)no call of Helped can be given a curve.*helper is no method of a module'
+    with pytest.raises(ValueError, match=why): patch_relus(model, torch.randn(2, 4))
     assert not act_layers(model)

@@ -3,6 +3,7 @@ import functools
 import gzip
 import http.server
 import importlib
+import itertools
 import json
 import pkgutil
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from urllib.parse import urlparse
 from xml.etree import ElementTree
 
 import numpy as np
@@ -93,7 +95,7 @@ def see(browser, width, height=900, scheme='light'):
     browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value=scheme)]))
 
 
-@pytest.mark.parametrize('source', SOURCES, ids=str)
+@pytest.mark.parametrize('source', PAGES, ids=str)
 def test_a_page_loads_with_its_figures_and_formulas_and_fits_a_phone(source, browser, url):
     see(browser, 1280)
     browser.get(url + str(source.with_name(html(source)).as_posix()))
@@ -166,9 +168,9 @@ def test_pages_say_where_their_source_is_and_how_they_look_on_a_card(site):
 
 def test_an_address_without_a_page_leads_back_from_everywhere(site):
     links = re.findall(r'(?:href|src)="([^"#]+)"', (site/'404.html').read_text())
-    base = get_config().doc_url
-    ours = [o for o in links if o.startswith(base)]
-    assert len(ours) > 20 and [o for o in links if not re.match(r'https?://', o)] == []
+    base = urlparse(get_config().doc_url).path
+    ours = [o for o in links if not re.match(r'https?://', o)]
+    assert base == '/learned_relu/' and len(ours) > 20 and [o for o in ours if not o.startswith(base)] == []
     assert [o for o in ours if not (site/o.removeprefix(base).partition('?')[0]).exists()] == []
 
 
@@ -204,7 +206,7 @@ def test_search_finds_learned_relu(browser, url):
     assert browser.find_element('css selector', 'h1').text == 'Layers' and '#learnedrelu' in browser.current_url
 
 
-@pytest.mark.parametrize('name', [o.with_name(html(o)).as_posix() for o in SOURCES])
+@pytest.mark.parametrize('name', [o.with_name(html(o)).as_posix() for o in PAGES])
 def test_dark_mode_can_be_read(name, browser, url):
     see(browser, 1280, scheme='dark')
     browser.get(url + name)
@@ -284,11 +286,42 @@ def test_the_widget_goes_by_keyboard_and_says_what_it_is(browser, url):
     WebDriverWait(browser, 5).until(lambda b: said(b).startswith('At x -0.9, y is 0, dy/dx is 0, dy/dleak is -0.9,'))
 
 
-def test_the_bar_leads_to_the_five_parts(browser, url):
+@pytest.mark.parametrize('name', ['index.html', 'results.html', 'tutorials/first_training.html', 'api/layers.html', 'glossary.html'])
+def test_all_that_is_pressed_has_a_name_and_is_reached_in_the_order_of_the_page(name, browser, url):
+    from selenium.webdriver.common.keys import Keys
+    see(browser, 1280)
+    browser.get(url + name)
+    there = [o for o in browser.find_elements('css selector', 'a[href], button, input, summary, [tabindex]') if o.is_displayed()]
+    assert len(there) > 20 and [o.get_attribute('outerHTML')[:90] for o in there if not o.accessible_name.strip()] == []
+    assert browser.execute_script('return document.documentElement.lang') == 'en'
+    assert browser.execute_script("return [...document.querySelectorAll('[tabindex]')].filter(o => o.tabIndex > 0).length") == 0
+    levels = browser.execute_script("return [...document.querySelectorAll('main :is(h1, h2, h3, h4)')].map(o => +o.tagName[1])")
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))  # no level is left out
+    seen = []
+    for _ in range(12):
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+        seen.append(browser.switch_to.active_element)
+    after = 'return arguments[0].compareDocumentPosition(arguments[1]) & 4'
+    assert len(set(seen)) == 12 and all(browser.execute_script(after, a, b) for a, b in itertools.pairwise(seen))
+
+
+def test_a_word_of_the_glossary_leads_there_where_it_first_stands(site):
+    linked = {p: re.findall(r'<a class="term" href="(?:\.\./)?glossary\.html#([\w-]+)">([^<]+)</a>', p.read_text()) for p in site.rglob('*.html')}
+    marks = dict(re.findall(r'data-anchor-id="([\w-]+)">([^<]+)', (site/'glossary.html').read_text()))
+    assert len({o for v in linked.values() for o in v}) > 8 and sum(map(bool, linked.values())) > 15
+    for page, found in linked.items():
+        assert len(found) == len(set(found)) and all(marks[mark] == word for mark, word in found), page.name
+        assert not found or page.parent.name != 'api' and page.name != 'glossary.html'
+    first = (site/'tutorials/learn_once_and_bake.html').read_text()
+    text = re.sub(r'<(pre|code|h\d|a (?!class="term")[^>]*|figure|title|nav|meta[^>]*).*?</\1>', '', first[first.index('</header>'):], flags=re.S)
+    assert re.search(r'\bprofile\b(?!">)', text).start() == re.search(r'profile</a>', text).start()
+
+
+def test_the_bar_leads_to_the_parts(browser, url):
     see(browser, 1280)
     browser.get(url)
     links = {o.text.strip(): o.get_attribute('href') for o in browser.find_elements('css selector', '#navbarCollapse .navbar-nav.me-auto a')}
-    assert list(links) == ['Start', 'Tutorials', 'Explanations', 'Reference', 'Results']
+    assert list(links) == ['Start', 'Tutorials', 'By task', 'Explanations', 'Reference', 'Results']
     for name, to in list(links.items())[1:]:
         browser.get(to)
         assert browser.find_element('css selector', 'h1').text == name
@@ -319,7 +352,7 @@ def test_every_page_is_in_the_sidebar_and_in_the_list_of_its_part():
     def head(part): return yaml.safe_load((REPO/'nbs'/part/'index.qmd').read_text().split('---')[1])
     def pages(part): return [o for o in listed if o.startswith(part) and o.endswith('ipynb')]
     assert [f'api/{o}' for group in head('api')['listing'] for o in group['contents']] == pages('api')
-    for part in 'tutorials', 'explanations':
+    for part in 'tutorials', 'tasks', 'explanations':
         orders = [re.search(r'^- order: (\d+)$', read_nb(REPO/'nbs'/o).cells[0].source, flags=re.M) for o in pages(part)]
         assert all(orders) and [int(o[1]) for o in orders] == list(range(1, len(orders) + 1))
 
@@ -348,7 +381,7 @@ def test_llms_txt_names_every_page(site):
 def test_models_read_lists_in_the_order_of_the_site(site):
     parts = re.findall(r'^## (.+)$', (site/'llms.txt').read_text(), flags=re.M)
     assert parts[:2] == ['Start', 'Tutorials'] and parts.index('Reference: Layers and models') < parts.index('Reference: Internals')
-    for part in 'tutorials', 'explanations', 'api':
+    for part in 'tutorials', 'tasks', 'explanations', 'api':
         text = (site/part/'index.llms.md').read_text()
         pages = [o for o in PAGES if o.parent.name == part and o.suffix == '.ipynb']
         assert [o for o in pages if f']({html(o).replace(".html", ".llms.md")}): ' not in text] == [], part

@@ -90,7 +90,8 @@ def complete(pages, package):
     nbs = {p: (read_nb(p), read_nb(source)) for p, source in pages.items()}
     codes = {p: '\n'.join(split(c)[1] for c in shown(nb)) for p, (nb, _) in nbs.items()}
     lines = {p: given(source, package) for p, (_, source) in nbs.items()}
-    effects = {p: {o for o in lines[p] if '.' in o and codes[p]} for p in nbs} # of `import fastai.callback.schedule`
+    def changes(o): return '.' in o and o.partition('.')[0] not in sys.stdlib_module_names # fastai.callback.schedule
+    effects = {p: {*filter(changes, lines[p])} if codes[p] else set() for p in nbs}
     needed = ['\n'.join(lines[p][o] for o in sorted(taken(codes[p]) & {*lines[p]} | effects[p])) for p in nbs]
     ours = f'--config=lint.isort.known-first-party = ["{package}"]'
     for (nb, _), code in zip(nbs.values(), ruff(needed, 'check', '--select=I', '--fix', ours), strict=True):

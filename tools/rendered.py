@@ -59,9 +59,26 @@ def link_sources(site, names):
         p.write_text(p.read_text(encoding='utf-8').replace(f'/main/nbs/{new}"', f'/main/nbs/{old}"'), encoding='utf-8')
 
 def from_root(page, root):
-    "The links of a page that is shown at whatever address was asked for, from the `root` of the published site on"
+    "The links of a page that is shown at whatever address was asked for, from the path `root` of the site on"
     txt = page.read_text(encoding='utf-8').replace('content="./"', f'content="{root}"')
     page.write_text(re.sub(r'((?:href|src)=")(?!\w+:|[#/])', rf'\1{root}', txt), encoding='utf-8')
+
+def explain(site, names):
+    "Link words of the glossary where they first stand in the text of the pages `names`, but common ones"
+    common = {'average', 'channel', 'curve', 'interval', 'kernel', 'kind', 'pair', 'recipe', 'record', 'seed'}
+    terms = re.findall(r'<h2[^>]*data-anchor-id="([\w-]+)">([^<]+)', (site/'glossary.html').read_text(encoding='utf-8'))
+    terms = {name: mark for mark, name in terms if name not in common}
+    word = re.compile(rf'(?<![\w-])({"|".join(sorted(terms, key=len, reverse=True))})(?![\w-])')
+    for name in names:
+        p = site/PurePosixPath(name).with_suffix('.html')
+        left, inside, parts = dict(terms), [], re.split(r'(<[^>]+>)', p.read_text(encoding='utf-8'))
+        def link(m):
+            mark = left.pop(m[1], None)
+            return f'<a class="term" href="{"../"*name.count("/")}glossary.html#{mark}">{m[1]}</a>' if mark else m[1]
+        for i, o in enumerate(parts):
+            if m := re.match(r'<(/?)(p|a|code|figure|math)\b', o): inside = inside[:-1] if m[1] else [*inside, m[2]]
+            elif inside == ['p']: parts[i] = word.sub(link, o)
+        p.write_text(''.join(parts), encoding='utf-8')
 
 def fill_listings(site):
     "The tables that list pages, as lists in the Markdown copies, which leave them empty"
