@@ -74,6 +74,7 @@ class Origin:
     maker:nn.Module = None # the watched module that returned it
     fed:int = None # dimension of its channels, as a function tells that read it
     uses:int = 0 # how often it was read
+    normed:int = 0 # how often by a BatchNorm
     born:int = 0 # its version when it was made
 
 _looks = {'size', 'dim', 'ndimension', 'numel', 'stride', 'is_floating_point', 'is_complex', 'is_contiguous', '__len__',
@@ -134,6 +135,7 @@ class Flow(TorchFunctionMode):
         outs = _tensors(out)
         if name in _looks or name == '__get__' and not outs: return out
         self.read(tensors)
+        if name == 'batch_norm' and (o := self.origins.get(tensors[0])): o.normed += 1
         if (plain := name.rstrip('_')) in self.counts: self.counts[plain] += 1
         if call is not None: return self.leave(call, tensors[0], out)
         if (fed := fed_dim(name, tensors)) is not None and (o := self.origins.get(tensors[0])): o.fed = fed

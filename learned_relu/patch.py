@@ -187,6 +187,14 @@ def _started(slots, values):
     starts,said = as_profile(values).matched(names)
     return starts, [said]
 
+def _lost_shifts(slots, layer, kwargs):
+    "What to say of shifts that a BatchNorm takes away again."
+    learn = kwargs.get('learn', getattr(inspect.signature(layer).parameters.get('learn'), 'default', ()))
+    n = sum(all(c.normed for c in g) for s in slots for g in s.groups if g)
+    if not n or 'sub' not in learn: return []
+    return [f'{n} of the curves feed nothing but a BatchNorm, which takes a shift away again: where no cap binds, '
+            "their sub has no gradient. sub=0., learn=['leak', 'maxv'] leaves it out"]
+
 def _rows(slots, layer, fused):
     for s in slots:
         where,n = ', '.join(s.names),len(s.calls) if s.traced else None
@@ -230,6 +238,7 @@ def patch_relus(
         chosen = [s for s in mine if s.groups]
         norms,fused = _norms(model, chosen) if fuse_bn else ({}, {})
         starts,told = _started(chosen, values)
+        told = told + _lost_shifts(chosen, layer, layer_kwargs)
         report = PatchReport(_rows(mine, layer, fused), notes + said + told, others | excluded)
         if dry_run: return report
         if not chosen:

@@ -19,7 +19,7 @@ from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_f
 from torchvision.models.optical_flow import raft_small
 
 from learned_relu.act_layer import ActLayer
-from learned_relu.layers import LearnedRelu
+from learned_relu.layers import GeneralRelu, LearnedRelu
 from learned_relu.params import act_layers, act_params
 from learned_relu.patch import patch_relus, unpatch_relus
 from learned_relu.rewrite import is_edited
@@ -577,3 +577,39 @@ def test_where_no_call_can_be_reached_that_is_an_error_which_says_why():
     why = '(?s)no call of Helped can be given a curve.*helper is no method of a module'
     with pytest.raises(ValueError, match=why): patch_relus(model, torch.randn(2, 4))
     assert not act_layers(model)
+
+
+class Normed(nn.Module):
+    "A BatchNorm behind an activation, which somebody else may read as well"
+    def __init__(self, functional=False, skip=False):
+        super().__init__()
+        self.lin, self.act, self.bn, self.functional, self.skip = nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4), functional, skip
+
+    def forward(self, x):
+        y = self.act(self.lin(x))
+        z = F.batch_norm(y, None, None, training=True) if self.functional else self.bn(y)
+        return z + y if self.skip else z
+
+
+def lost(model, sample=None, **kwargs):
+    report = patch_relus(model, torch.randn(8, 4) if sample is None else sample, **kwargs)
+    return [o.partition(' ')[0] for o in report.notes if 'nothing but a BatchNorm' in o]
+
+
+@pytest.mark.parametrize('functional', [False, True])
+def test_a_shift_that_a_batchnorm_takes_away_is_told(functional):
+    model = Normed(functional)
+    assert lost(model) == ['1']
+    (model.train()(torch.randn(64, 4))*torch.randn(64, 4)).sum().backward()
+    assert model.act.sub.grad.abs().max() < 1e-4*model.act.leak.grad.abs().max()
+    assert lost(Normed(functional), learn=['leak', 'maxv']) == lost(Normed(functional), layer=GeneralRelu) == []
+
+
+def test_a_shift_that_somebody_else_reads_is_not():
+    torch.manual_seed(0)
+    for functional in False, True:
+        assert lost(model := Normed(functional, skip=True)) == []
+        (model.train()(torch.randn(64, 4))*torch.randn(64, 4)).sum().backward()
+        assert model.act.sub.grad.abs().max() > 1e-2*model.act.leak.grad.abs().max()
+    assert lost(tv_model('resnet18')(), images()) == lost(tv_model('densenet121')(), images()) == []
+    assert lost(TabularModel([(10, 4)], 5, 2, [20, 10]), (torch.randint(0, 9, (8, 1)), torch.randn(8, 5))) == ['2']
