@@ -78,10 +78,12 @@ def _defaults(layer):
 _again = 'The curves were there already and stay as they are, with the callbacks of this call: ' \
          'learn.to_relu() first begins anew'
 
+_four = NoDecayActParams, ClampActParams, EMAActParams, ActTelemetry
+
 def _chosen(learn, cbs): # the learner's own before our defaults, what is given here before the learner's own
-    if cbs is not None: return [o() if isinstance(o, type) else o for o in L(cbs)]
-    usual = NoDecayActParams, ClampActParams, EMAActParams, ActTelemetry
-    return [o() for o in usual if not learn._grab_cbs(o)]
+    given = [o() if isinstance(o, type) else o for o in L(cbs)]
+    if cbs is not None and (not given or any(isinstance(o, _four) for o in given)): return given
+    return [o() for o in _four if not learn._grab_cbs(o)] + given
 
 def _put_in(learn, cbs, said):
     for o in cbs:
@@ -104,7 +106,7 @@ def to_learned_relu(self:Learner,
     maxv:float=None, # starting cap, in units of the activation; None for 10, or none in a trained model
     values=None, # a `Profile` of values layer by layer, or the path of its file, in place of the three
     per_channel:bool=True, # one value per channel (True), or per layer
-    cbs=None, # callbacks to add, in place of those of the same class; None adds those that are not there yet
+    cbs=None, # a choice of the four callbacks in the place of all; others beside the four; [] for none
     sample=None, # inputs to run once; None takes a batch, leaving every random generator as it was
     **kwargs # passed on to `patch_relus`, for example `exclude` or `init`
 ) -> Learner: # self

@@ -16,6 +16,7 @@ from common import in_process
 
 from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.data import Source
+from learned_relu.bench.recipe import Recipe
 from learned_relu.bench.record import made_by, read_record
 
 CMD = [str(Path(sys.executable).with_name('learned_relu_compare'))]
@@ -33,6 +34,13 @@ def finished(images, tmp_path_factory):
     out = tmp_path_factory.mktemp('runs')
     args = '--data', images, *SMALL, '--seeds', 2, '--arms', 'relu,learned', '--out'
     return out, args, run(*args, out, check=True)
+
+
+def test_a_run_of_few_steps_is_said_to_be_one(finished, images, tmp_path):
+    assert 'A run takes 3 steps, in which curves hardly move' in finished[2].stdout  # 24 images, 8 a batch
+    assert Source('mnist', 16).steps(Recipe(bs=100, epochs=2)) == 80
+    said = run('--data', images, '--size', 16, '--bs', 2, '--epochs', 5, '--seeds', 1, '--arms', 'relu', '--out', tmp_path, check=True)
+    assert 'hardly move' not in said.stdout  # 60 steps
 
 
 def test_a_record_is_read_without_a_trainer():

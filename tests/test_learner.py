@@ -1,5 +1,6 @@
 "One call on a learner: what it changes, what it must not, and the way back."
 import random
+import re
 import warnings
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 from common import make, quiet
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.progress import CSVLogger
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.learner import Learner, load_learner
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from learned_relu.all import act_params
+from learned_relu.all import EMAActParams, FreezeActParams, act_params
 from learned_relu.learner import sample_inputs
 from learned_relu.spread import param_stats
 
@@ -124,9 +126,18 @@ def test_a_trained_learner_starts_where_it_stood_within_the_bounds():
 
 
 def test_one_callback_needs_no_list():
-    from learned_relu.all import EMAActParams
     learn = plain().to_learned_relu(cbs=EMAActParams())
     assert [type(o) for o in learn.cbs][-1] is EMAActParams
+
+
+@pytest.mark.parametrize('given,there', [
+    (None, 'NoDecay Clamp EMA Telemetry'), ([], ''), (FreezeActParams(.5), 'NoDecay Clamp EMA Telemetry Freeze'),
+    ([EMAActParams(.9), FreezeActParams], 'EMA Freeze'), (CSVLogger(), 'NoDecay Clamp EMA Telemetry CSVLogger')])
+def test_other_callbacks_come_beside_the_four_and_a_choice_of_them_in_their_place(given, there):
+    learn = plain()
+    before = [*learn.cbs]
+    learn.to_learned_relu(cbs=given)
+    assert [re.sub('Act|Params', '', type(o).__name__) for o in learn.cbs if o not in before] == there.split()
 
 
 def test_an_optimizer_without_a_step_has_no_momentum_to_lose():

@@ -20,6 +20,9 @@ IDS = [o.relative_to(REPO/'notebooks').as_posix() for o in TAKEN]
 QUICK = 'tasks/', 'tutorials/coming_from', 'tutorials/first_training'
 
 
+def front(): return (REPO/'README.md').read_text(encoding='utf-8')  # whose line for installing is the same
+
+
 def codes(nb): return [c.source for c in nb.cells if c.cell_type == 'code']
 
 
@@ -49,6 +52,7 @@ def test_the_first_cell_installs_what_the_others_import(path):
     install, *rest = codes(nb)
     assert nb.cells[0].source == install and nb.cells[1].source.startswith('# ') and URL in install
     assert not any(c.get('outputs') for c in nb.cells) and not any('#|' in o for o in rest)
+    if not install.startswith('!git'): assert install.replace('%pip install -q ', 'pip install ').replace(',ray', '') in front()
     extras = re.search(r'learned_relu\[([\w,]+)\]|"\.\[(dev)\]"', install)
     there = brought(frozenset((extras[1] or extras[2]).split(',')))
     nodes = [o for code in rest for o in ast.walk(ast.parse(code))]

@@ -118,6 +118,7 @@ def test_types_and_links_are_those_that_a_reader_means(site):
     copies = {o.name.removesuffix('.html.md').removesuffix('.llms.md'): o.read_text() for o in [*site.rglob('*.md'), REPO/'README.md']}
     assert len(pages) > 100 and not [k for k, v in pages.items() if 'NoneType' in v or '&lt;class ' in v]
     assert len(copies) > 100 and not [k for k, v in copies.items() if '[[`' in v]  # a link within a link
+    assert not [k for k, v in copies.items() if re.search(r'\]\((?!\w+:)[^)\s]*\.(ipynb|qmd)', v)]
     words, to = '(?:backward|first|fit|forward)', r'/api/([\w.]+)\.html'
     for texts, link in (pages, rf'{to}#{words}"><code>'), (copies, rf'\[`{words}`\]\([^)\s]*{to}#'):
         led = {k: set(re.findall(link, v)) for k, v in texts.items()}

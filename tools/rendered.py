@@ -80,6 +80,12 @@ def explain(site, names):
             elif inside == ['p']: parts[i] = word.sub(link, o)
         p.write_text(''.join(parts), encoding='utf-8')
 
+def mend_copies(site):
+    "Links of stored outputs in the Markdown copies, which lead to notebooks, lead to the copies of these"
+    link = re.compile(r'(\]\((?!\w+:)[^)\s]*?)(?:\d+[a-z0-9]*_)?([\w.]+)\.(?:ipynb|qmd)(?=[)#])')
+    for p in site.rglob('*.llms.md'):
+        p.write_text(link.sub(r'\1\2.llms.md', p.read_text(encoding='utf-8')), encoding='utf-8')
+
 def fill_listings(site):
     "The tables that list pages, as lists in the Markdown copies, which leave them empty"
     row = re.compile(r'<a href="([^"]+)\.html" class="title[^>]*>(.*?)</a></td><td><span[^>]*>(.*?)</span>', re.S)

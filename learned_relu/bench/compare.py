@@ -79,6 +79,11 @@ def _make_missing(runs, have, others, recipe, source, path, judging, launch):
     return failed
 
 # %% ../../nbs/api/35_bench.compare.ipynb #70dcafe4
+def _warn_of_few(steps):
+    if steps < 50 and first():
+        print(f'A run takes {steps} steps, in which curves hardly move and networks learn little: pass a smaller bs, '
+              'or more epochs', flush=True)
+
 def _remove_empty(path):
     if path.is_dir() and not any(path.iterdir()): path.rmdir()
 
@@ -96,6 +101,7 @@ def compare(
     check_report()
     source.check_bs(recipe.bs)
     recipe = tried(recipe, arms, source)
+    _warn_of_few(source.steps(recipe))
     path = records_dir(out)
     mark = source.digest(recipe)
     names = {(a, s): record_name(a.name, s, mark) for s in seeds for a in arms}

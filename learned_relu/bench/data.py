@@ -215,6 +215,13 @@ def check_bs(self:Source,
                                 f'pass {n} or less')
 
 @patch
+def steps(self:Source,
+    recipe:Recipe, # how to train
+) -> int: # of the optimizer, in all epochs together
+    "How many steps a run takes on these data."
+    return self.n_train//max(1, num_distrib())//recipe.bs*recipe.epochs
+
+@patch
 def digest(self:Source,
     recipe:Recipe, # how to train on these data
 ) -> str: # 8 hexadecimal digits
