@@ -86,7 +86,9 @@ def test_every_block_of_the_readme_is_run_by_a_check():
         if kind == 'python': assert block.strip() in cells # which run as tests
     commands = [o.strip() for kind, o in blocks if kind == 'sh']
     begin = 'python3 -m venv .venv && .venv/bin/python -m pip install -q -e ".[dev]" && .venv/bin/'
-    assert commands == [begin + 'learned_relu_compare', begin + 'python -m pytest'] # .ci/run runs the second
+    first = read_nb(REPO/'notebooks'/'tutorials'/'first_training.ipynb').cells[0].source  # which tests/test_notebooks.py runs
+    install = first.replace('%pip install -q', 'pip install')
+    assert commands == [install, begin + 'learned_relu_compare', begin + 'python -m pytest'] # .ci/run runs the last
     assert (REPO/'benchmarks/recipes/published.toml').exists() and 'benchmarks/recipes/published.toml' in readme
 
 
