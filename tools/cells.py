@@ -85,6 +85,32 @@ def folded(options, code):
     long = 'fig-cap' in options and code.count('\n') >= LONG
     return FOLD.format('Code of this figure') + options if long else options
 
+def checks(node):
+    "Whether a statement does nothing but check"
+    named = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name)
+    return isinstance(node, ast.Assert) or named and node.value.func.id.startswith('test_')
+
+def pieces(code):
+    "The code in pieces, in their order: pairs of whether a piece does nothing but check, and its text"
+    lines, res, end = code.splitlines(keepends=True), [], 0
+    for node in ast.parse(code).body:
+        text, only = ''.join(lines[end:node.end_lineno]), checks(node)
+        if res and (node.lineno <= end or only == res[-1][0]): res[-1] = (only and res[-1][0], res[-1][1] + text)
+        else: res.append((only, text))
+        end = max(end, node.end_lineno)
+    return res
+
+def apart(cell):
+    "The cells that a shown cell becomes, so that what does nothing but check is folded; outputs stay with the rest"
+    (opts, code), res = split(cell), []
+    parts = pieces(code.strip('\n'))
+    told = max((i for i, (only, _) in enumerate(parts) if not only), default=-1)
+    for i, (only, text) in enumerate(parts):
+        own = opts if i == told else FOLD.format('Check') if only else ''
+        res.append(mk_cell(own + text.strip('\n'), id=cell.id if i == told else f'{cell.id}-{i}'))
+        if i == told: res[-1].outputs = cell.outputs
+    return res if told >= 0 else [cell]
+
 def complete(pages, package):
     "Give each of `pages`, files of processed notebooks with their sources, the imports that it needs, and narrow lines"
     nbs = {p: (read_nb(p), read_nb(source)) for p, source in pages.items()}
@@ -100,4 +126,7 @@ def complete(pages, package):
     cells = [c for nb, _ in nbs.values() for c in shown(nb)]
     for c, code in zip(cells, wrapped([split(c)[1] for c in cells]), strict=True):
         c.source = folded(split(c)[0], code) + code
-    for p, (nb, _) in nbs.items(): write_nb(nb, p)
+    for p, (nb, _) in nbs.items():
+        seen = {id(c) for c in shown(nb)} if p.parent.name != 'api' else set()
+        nb.cells = [o for c in nb.cells for o in (apart(c) if id(c) in seen else [c])]
+        write_nb(nb, p)
