@@ -112,7 +112,8 @@ def test_the_commands_of_a_page_run_one_after_another_on_small_stand_ins(page, i
     for name in 'mymodel', 'my_curves': (tmp_path/f'{name}.py').write_text(MINE)
     for line in RUN[page]:
         command, args = called(shlex.split(line))
-        small = {k: SMALL[k] for k in args if k in SMALL and not (k in ('widen', 'size') and (args.get('data') or 'mnist') == 'mnist')}
+        digits, own = (args.get('data') or 'mnist') == 'mnist', bool(args.get('model'))
+        small = {k: SMALL[k] for k in args if k in SMALL and not (k == 'size' and digits) and not (k == 'widen' and (digits or own))}
         if args.get('data') in ('imagewoof', 'imagenette', 'shapes') or 'published' in (args.get('recipe') or ''): small['data'] = str(images)
         if (args.get('out') or '').startswith('/shared'): small['out'] = args['out'].lstrip('/')
         if command in (learned_relu_report, learned_relu_harvest): small = {}
