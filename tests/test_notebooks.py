@@ -98,4 +98,4 @@ def test_a_notebook_runs_where_its_first_cell_alone_installs(path, hosts, tmp_pa
     convert = [at/'python', '-m', 'nbconvert', '--to', 'notebook', '--execute', '--output-dir', tmp_path, '--ExecutePreprocessor.timeout=900']
     done = subprocess.run([*convert, path], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not (tmp_path/'cells.py').exists() and (tmp_path/path.name).exists()
+    assert any(c.get('outputs') for c in read_nb(tmp_path/path.name).cells)

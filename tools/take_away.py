@@ -23,9 +23,9 @@ def pages_of(src): return [p for part in PARTS for p in sorted((src/part).glob('
 
 def install(codes, repo):
     "What installs the packages that `codes` import, or the whole repository where they read its files"
+    if any('benchmarks' in code for code in codes): return CLONE.format(repo=repo)
     nodes = [o for code in codes for o in ast.walk(ast.parse(code)) if isinstance(o, ast.ImportFrom)]
     rooms = {o.module.partition('.')[0] for o in nodes}
-    if any('benchmarks' in code for code in codes): return CLONE.format(repo=repo)
     return INSTALL.format(extras='bench,ray' if 'ray' in rooms else 'bench', repo=repo)
 
 def hosted(name, repo):
@@ -36,7 +36,7 @@ def take_away(page, url, repo):
     "The notebook of the processed `page`, which is published at `url`"
     said = yaml.safe_load(page.cells[0].source.strip('-\n'))
     def absolute(m):
-        return m[0] if re.match(r'\w+:', m[2]) else f'{m[1]}({urljoin(url, re.sub("[.]ipynb(?=#|$)", ".html", m[2]))})'
+        return m[0] if re.match(r'\w+:', m[2]) else f'{m[1]}({urljoin(url, re.sub("[.](ipynb|qmd)(?=#|$)", ".html", m[2]))})'
     codes = {c.id: split(c)[1].strip() for c in shown(page)}
     texts = {c.id: c.source for c in page.cells if c.cell_type == 'markdown' and not c.source.startswith('<!--')}
     texts = {k: re.sub(r'(\[[^\]]*\])\(([^)\s]+)\)', absolute, o) for k, o in texts.items()}
