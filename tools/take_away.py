@@ -36,8 +36,9 @@ def take_away(page, url, repo):
     "The notebook of the processed `page`, which is published at `url`"
     said = yaml.safe_load(page.cells[0].source.strip('-\n'))
     def absolute(m):
+        if re.match(r'\w+:', m[2]): return m[0]
         to = re.sub(r'\.(ipynb|qmd)(?=#|$)', '.html', m[2])
-        return f'{m[1]}({urljoin(url, to)})' # which leaves what has an address of its own
+        return f'{m[1]}({urljoin(url, to)})'
     codes = {c.id: split(c)[1].strip() for c in shown(page)}
     texts = {c.id: c.source for c in page.cells if c.cell_type == 'markdown' and not c.source.startswith('<!--')}
     texts = {k: re.sub(r'(\[[^\]]*\])\(([^)\s]+)\)', absolute, o) for k, o in texts.items()}
