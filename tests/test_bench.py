@@ -122,6 +122,33 @@ def test_a_directory_from_another_kind_of_machine_is_refused_before_anything_is_
     assert len(list((tmp_path/'o'/'records').iterdir())) == 4
 
 
+def test_a_directory_from_another_gpu_is_refused_before_anything_is_trained(finished, tmp_path):
+    out, args, _ = finished
+    shutil.copytree(out, tmp_path/'o')
+    moved = next((tmp_path/'o'/'records').glob('learned-seed1-*'))
+    r = json.loads(moved.read_text())
+    r['hardware']['device'] = 'NVIDIA H100'
+    moved.write_text(json.dumps(r))
+    assert not run(*args, tmp_path/'o').returncode, 'a report takes nothing but records'
+    done = run(*args[:-5], '--seeds', 3, '--arms', 'relu,learned', '--out', tmp_path/'o')
+    assert done.returncode == 1 and 'run 5/6' not in done.stdout
+    assert 'learned, seed 1, ran on NVIDIA H100, and the next run would be made on cpu' in done.stderr
+    assert len(list((tmp_path/'o'/'records').iterdir())) == 4
+
+
+def test_half_an_hour_today_and_half_an_hour_tomorrow_make_the_same_runs(finished, tmp_path):
+    out, args, _ = finished
+    for n in 1, 2:
+        done = run(*args, tmp_path, '--minutes', .0001, check=True)
+        assert f'{4 - n} of {5 - n} runs are left' in done.stdout and 'report.html' in done.stdout
+        assert len(list((tmp_path/'records').iterdir())) == n
+    assert 'are left' not in run(*args, tmp_path, '--minutes', 30, check=True).stdout
+    assert {o.name for o in (tmp_path/'records').iterdir()} == {o.name for o in (out/'records').iterdir()}
+    for o in (out/'records').iterdir(): assert read_record(o)['end'] == read_record(tmp_path/'records'/o.name)['end']
+    for how, said in (('--minutes', 0), 'minutes is 0: pass a positive number'), (('--minutes', 9, '--launcher', 'ray'), 'that one process makes'):
+        assert said in run(*args, tmp_path, *how).stderr
+
+
 def test_the_same_command_again_trains_nothing(finished):
     out, args, _ = finished
     before = {o: o.stat().st_mtime_ns for o in (out/'records').iterdir()}

@@ -99,7 +99,7 @@ def test_a_command_in_the_prose_can_be_given(name, line):
 
 MINE = "from torch import nn\nfrom learned_relu.layers import LearnedRelu\nLearnedSwish = LearnedRelu\n" \
        "def net(n_out): return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, n_out))\n"
-SMALL = dict(size=24, epochs=1, seeds=2, rounds=1, bs=8, workers=0, launcher='local', address=None, widen=.25, fp16=False)
+SMALL = dict(size=24, epochs=1, seeds=2, rounds=1, bs=8, workers=0, launcher='local', address=None, widen=.25, fp16=False, device='cpu', minutes=.2)
 RUN = {o: [line for line in re.findall(r'.*learned_relu[_.].*', '\n'.join(SHELL.findall(text))) if '.venv' not in line] for o, text in PROSE.items()}
 
 
@@ -114,7 +114,8 @@ def test_the_commands_of_a_page_run_one_after_another_on_small_stand_ins(page, i
         command, args = called(shlex.split(line))
         digits, own = (args.get('data') or 'mnist') == 'mnist', bool(args.get('model'))
         small = {k: SMALL[k] for k in args if k in SMALL and not (k == 'size' and digits) and not (k == 'widen' and (digits or own))}
-        if args.get('data') in ('imagewoof', 'imagenette', 'shapes') or 'published' in (args.get('recipe') or ''): small['data'] = str(images)
+        wants = args.get('data') in ('imagewoof', 'imagenette', 'shapes') or re.search('published|-gpu', args.get('recipe') or '')
+        if wants: small['data'] = str(images)
         if (args.get('out') or '').startswith('/shared'): small['out'] = args['out'].lstrip('/')
         if command in (learned_relu_report, learned_relu_harvest): small = {}
         command(**args | small)

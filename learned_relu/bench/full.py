@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .fits import fit_rows, learners_of
 from .speed import (
     contestants, in_batchnorm, ratios_to, saved_bytes, step_cost, step_models, timed)
 
@@ -143,9 +144,11 @@ def _steps(kind, dtype, layout, rounds, arch):
         rows = step_cost(models_of(arch, compiled), size, bs, rounds, kind, dtype, FORMATS[layout])
         return rows.assign(rounds=rounds)
     def captured(): return captured_rows(models_of(arch), size, bs, dtype, FORMATS[layout], rounds)
-    if kind == 'cpu': return {f'step, {name}': step}
-    return {f'step, {name}': step, f'step in a CUDA graph, {name}': captured,
-            f'step, compiled, {name}': partial(step, True)}
+    def fits():
+        return fit_rows(learners_of(arch, size, bs, kind, dtype, FORMATS[layout]), max(1, rounds//4))
+    res = {f'step, {name}': step, f'fit of eight steps, {name}': fits}
+    if kind == 'cpu': return res
+    return res | {f'step in a CUDA graph, {name}': captured, f'step, compiled, {name}': partial(step, True)}
 
 def full_works(
     device:str, # 'cpu' or 'cuda'
@@ -161,7 +164,8 @@ def full_works(
             if i and j: continue # one kind is enough for all but the first network
             if kind == 'cpu' and dtype != torch.float32: continue # a step takes minutes
             works = _steps(kind, dtype, layout, steps, arch)
-            last |= {k: works.pop(k) for k in list(works) if 'compiled' in k and not i and j == 1}
+            last |= {k: f for k,f in works.items() if 'compiled' in k and not i and j == 1}
+            if i or kind == 'cpu' and j: works = {k: f for k,f in works.items() if 'fit' not in k} # one kind, too
             res |= {k: f for k,f in works.items() if 'compiled' not in k}
     return res | last
 

@@ -8,6 +8,8 @@ Docs: https://learned-relu.github.io/learned_relu/api/bench.launch.html.md"""
 __all__ = ['Run', 'one_after_another', 'find_launcher']
 
 # %% ../../nbs/api/34_bench.launch.ipynb #f86cae5a
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,20 +34,36 @@ def one_after_another(
     runs:list, # each a `Run`
     recipe:Recipe, # how to train
     source:Source, # the data
-) -> Iterator: # of ('begun', run, '') and ('done', run, record)
-    "Make runs in this process; whatever one raises ends them all."
-    for o in runs:
+    minutes:float=math.inf, # in which to be done: a run that would end later, by the longest before it, is left
+) -> Iterator: # of ('begun', run, ''), ('done', run, record) and ('said', None, line)
+    "Make runs in this process, the first in any case; whatever one raises ends them all."
+    began,longest = time.monotonic(),0
+    for i,o in enumerate(runs):
+        start = time.monotonic()
+        if longest and start - began + longest > 60*minutes:
+            yield 'said', None, (f'{len(runs) - i} of {len(runs)} runs are left, and none fits into what is left of '
+                                 f'{minutes:g} minutes: the same command goes on with them')
+            return
         yield 'begun', o, ''
         yield 'done', o, train_run(o.arm, o.seed, recipe, source, checkpoint=o.checkpoint)
+        longest = max(longest, time.monotonic() - start)
 
 # %% ../../nbs/api/34_bench.launch.ipynb #27fd75f1
+def _check_minutes(minutes, launcher):
+    if not minutes > 0: raise ValueError(f'minutes is {minutes:g}: pass a positive number')
+    if launcher != 'ray' and num_distrib() < 2: return
+    raise ValueError(f'minutes is {minutes:g}, which is for runs that one process makes: interrupt the command '
+                     'instead, and the same command goes on')
+
 def find_launcher(
     name:str, # 'local' or 'ray'
     out:str, # directory of the comparison
+    minutes:float=None, # in which the runs of one process are to be done; None for as long as they take
     **options, # of Ray: `address`, `gpus_per_run`, `cpus_per_run`, `kind`; None counts as not given
 ): # a launcher, as `compare` takes it
     "Who makes the runs; `ValueError` for what cannot be, `ImportError` where Ray is not installed."
     given = {k: v for k,v in options.items() if v is not None}
+    if minutes is not None: _check_minutes(minutes, name)
     if name == 'ray':
         if num_distrib() > 1:
             raise ValueError("launcher is 'ray', which starts processes itself: start the command without "
@@ -56,4 +74,4 @@ def find_launcher(
     if given:
         k,v = next(iter(given.items()))
         raise ValueError(f"{k} is {v!r}, which is for Ray: pass launcher='ray' as well, or leave it out")
-    return one_after_another
+    return one_after_another if minutes is None else partial(one_after_another, minutes=minutes)

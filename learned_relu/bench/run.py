@@ -21,14 +21,14 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.learner import CastToTensor, Learner
 from fastai.metrics import accuracy
-from fastai.torch_core import num_distrib, set_seed
+from fastai.torch_core import default_device, num_distrib, set_seed
 from torch import nn
 
 from .arms import Arm
 from .data import Source
 from .distributed import on_all_processes, use_own_gpu
 from .recipe import Recipe
-from .record import FORMAT, made_by
+from .record import FORMAT, device_name, made_by
 from .resume import EpochCheckpoint, random_states, set_random_states
 from ..callback.telemetry import ActTelemetry
 from ..caps import caps_from_data
@@ -174,7 +174,8 @@ def train_run(
     run = dict(arm=arm.name, seed=seed, digest=source.digest(recipe))
     machine = dict(processes=max(1, num_distrib()), workers=source.workers)
     batches = BatchDigest()
-    keep = EpochCheckpoint(checkpoint, dict(run, **machine, gpus=torch.cuda.device_count()))
+    gpus = dict(gpus=torch.cuda.device_count(), device=device_name(default_device()))
+    keep = EpochCheckpoint(checkpoint, run | machine | gpus)
     learn = make_learner(arm, seed, recipe, source, points, [batches, keep])
     weights = weights_digest(learn.model)
     device = next(learn.model.parameters()).device

@@ -28,6 +28,7 @@ def learned_relu_compare(
     skip_unreadable:bool=False, # leave out images that cannot be read
     workers:int=2, # processes that load images
     cache:bool=True, # decode images once, into a file that later runs share, or, with --no-cache, each time
+    minutes:float=None, # in which to be done; runs that do not fit are left to the same command on another day
     launcher:str=None, # who makes the runs: 'local', one after another, or 'ray', on many machines; 'local' by default
     address:str=None, # of Ray: of the head of a cluster, or 'auto'; by default a Ray of its own on this machine
     gpus_per_run:float=None, # of Ray: 0, a fraction of 1, or a whole number; 1 by default where machines have GPUs
@@ -46,5 +47,5 @@ def learned_relu_compare(
         chosen = [Arm(plan.named(o)) for o in dict.fromkeys(names)]
         to = out or out_dir(recipe, how.data)
         ray = dict(address=address, gpus_per_run=gpus_per_run, cpus_per_run=cpus_per_run, kind=kind)
-        launch = find_launcher(launcher or plan.launcher or 'local', to, **ray)
+        launch = find_launcher(launcher or plan.launcher or 'local', to, minutes, **ray)
         run_arms(chosen, list(range(n)), how, to, skip_unreadable, workers, cache, plan.judging, launch)
