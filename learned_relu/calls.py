@@ -39,6 +39,7 @@ def _floats(args, kwargs):
     return isinstance(x, Tensor) and x.is_floating_point() and kwargs.get('out') is None
 
 _watched = dict.fromkeys(_relus, _floats) | dict.fromkeys(_clamps, _from_zero)
+_norms = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm # whose function is seen to read their input
 
 @dataclass(eq=False)
 class Call:
@@ -56,7 +57,8 @@ class Call:
     norm:nn.Module = None # the watched module whose output it alone reads
     read_later:bool = False # it changed its input in place, and that was read afterwards
     odd:bool = False # one of the ReLU family by its class that computed something else
-    normed:bool = False # its output is read by BatchNorms alone
+    normed:bool = False # its output is read by BatchNorms and InstanceNorms alone
+    centred:bool = False # or by these, LayerNorms and GroupNorms alone
 
     @property
     def site(self): return self.path[0][0]
@@ -112,7 +114,7 @@ class _Watch:
     def enters(self, m, args):
         if not self.stack: self.given += [t for t in tree_leaves(args) if isinstance(t, Tensor)]
         self.stack.append((m, next(self.runs)))
-        if type(m) in (nn.Sequential, nn.Identity) or isinstance(m, nn.modules.batchnorm._BatchNorm): return
+        if type(m) in (nn.Sequential, nn.Identity) or isinstance(m, _norms): return
         for t in args: # a module that does nothing in evaluation, as dropout, may do something in training
             if isinstance(t, Tensor) and (o := self.flow.origins.get(t)) is not None: o.uses += 1
     def leaves(self, m, args, out): self.stack.pop()
@@ -153,7 +155,7 @@ def trace_calls(
     for c in watch.calls:
         if c.channel_dim is None and c.result: c.channel_dim = c.result.fed
         if c.origin.uses == 1 and watch.normed_times[c.origin.maker] == 1: c.norm = c.origin.maker
-        c.normed = c.result is not None and 0 < c.result.normed == c.result.uses
+        if c.result: c.normed,c.centred = (0 < n == c.result.uses for n in (c.result.normed, c.result.centred))
     return watch.calls, +watch.flow.counts
 
 # %% ../nbs/api/03_calls.ipynb #0a9380bb

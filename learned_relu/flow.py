@@ -20,7 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # %% ../nbs/api/02_flow.ipynb #71e9211d
 _last = {'linear', 'bilinear', 'addmm', 'mm', 'bmm', 'matmul', '__matmul__', 'embedding', 'rms_norm'}
-_second = {'batch_norm', 'group_norm', 'instance_norm'}
+_centre_each = {'batch_norm', 'instance_norm'} # which take the mean of each channel away
+_centre = _centre_each | {'group_norm', 'layer_norm'}
+_second = _centre_each | {'group_norm'}
 _moved = {'permute', 'transpose', 'transpose_', 'swapaxes', 'swapdims', 'movedim', 'moveaxis', 't'}
 _reshaped = {'reshape', 'view', 'flatten', 'unflatten', 'unsqueeze', 'unsqueeze_', 'squeeze', 'squeeze_',
              'reshape_as', 'view_as'}
@@ -74,7 +76,8 @@ class Origin:
     maker:nn.Module = None # the watched module that returned it
     fed:int = None # dimension of its channels, as a function tells that read it
     uses:int = 0 # how often it was read
-    normed:int = 0 # how often by a BatchNorm
+    normed:int = 0 # how often by what takes the mean of each channel away
+    centred:int = 0 # how often by what takes the mean of several channels away, or of each
     born:int = 0 # its version when it was made
 
 _looks = {'size', 'dim', 'ndimension', 'numel', 'stride', 'is_floating_point', 'is_complex', 'is_contiguous', '__len__',
@@ -135,7 +138,9 @@ class Flow(TorchFunctionMode):
         outs = _tensors(out)
         if name in _looks or name == '__get__' and not outs: return out
         self.read(tensors)
-        if name == 'batch_norm' and (o := self.origins.get(tensors[0])): o.normed += 1
+        if name in _centre and (o := self.origins.get(tensors[0])):
+            o.centred += 1
+            o.normed += name in _centre_each
         if (plain := name.rstrip('_')) in self.counts: self.counts[plain] += 1
         if call is not None: return self.leave(call, tensors[0], out)
         if (fed := fed_dim(name, tensors)) is not None and (o := self.origins.get(tensors[0])): o.fed = fed

@@ -187,13 +187,14 @@ def _started(slots, values):
     starts,said = as_profile(values).matched(names)
     return starts, [said]
 
-def _lost_shifts(slots, layer, kwargs):
-    "What to say of shifts that a BatchNorm takes away again."
+def _lost_shifts(slots, layer, kwargs, counts):
+    "What to say of shifts that a normalisation takes away again; those of channels, or one that all of them share."
     learn = kwargs.get('learn', getattr(inspect.signature(layer).parameters.get('learn'), 'default', ()))
-    n = sum(all(c.normed for c in g) for s in slots for g in s.groups if g)
+    n = sum(all(c.normed if counts else c.centred for c in g) for s in slots for g in s.groups if g)
     if not n or 'sub' not in learn: return []
-    return [f'{n} of the curves feed nothing but a BatchNorm, which takes a shift away again: where no cap binds, '
-            "their sub has no gradient. sub=0., learn=['leak', 'maxv'] leaves it out"]
+    return [f'{n} {"curve feeds" if n == 1 else "curves feed"} nothing but a normalisation, which takes a shift away '
+            "again: where no cap binds, sub has no gradient there. Nothing has to be mended; "
+            "sub=0., learn=['leak', 'maxv'] leaves shifts out"]
 
 def _rows(slots, layer, fused):
     for s in slots:
@@ -238,7 +239,7 @@ def patch_relus(
         chosen = [s for s in mine if s.groups]
         norms,fused = _norms(model, chosen) if fuse_bn else ({}, {})
         starts,told = _started(chosen, values)
-        told = told + _lost_shifts(chosen, layer, layer_kwargs)
+        told = told + _lost_shifts(chosen, layer, layer_kwargs, counts)
         report = PatchReport(_rows(mine, layer, fused), notes + said + told, others | excluded)
         if dry_run: return report
         if not chosen:

@@ -580,10 +580,10 @@ def test_where_no_call_can_be_reached_that_is_an_error_which_says_why():
 
 
 class Normed(nn.Module):
-    "A BatchNorm behind an activation, which somebody else may read as well"
-    def __init__(self, functional=False, skip=False):
+    "A BatchNorm behind an activation, or another norm, which somebody else may read as well"
+    def __init__(self, functional=False, skip=False, norm=None):
         super().__init__()
-        self.lin, self.act, self.bn, self.functional, self.skip = nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4), functional, skip
+        self.lin, self.act, self.bn, self.functional, self.skip = nn.Linear(4, 4), nn.ReLU(), norm or nn.BatchNorm1d(4), functional, skip
 
     def forward(self, x):
         y = self.act(self.lin(x))
@@ -593,7 +593,7 @@ class Normed(nn.Module):
 
 def lost(model, sample=None, **kwargs):
     report = patch_relus(model, torch.randn(8, 4) if sample is None else sample, **kwargs)
-    return [o.partition(' ')[0] for o in report.notes if 'nothing but a BatchNorm' in o]
+    return [o.partition(' ')[0] for o in report.notes if 'nothing but a normalisation' in o]
 
 
 @pytest.mark.parametrize('functional', [False, True])
@@ -603,6 +603,25 @@ def test_a_shift_that_a_batchnorm_takes_away_is_told(functional):
     (model.train()(torch.randn(64, 4))*torch.randn(64, 4)).sum().backward()
     assert model.act.sub.grad.abs().max() < 1e-4*model.act.leak.grad.abs().max()
     assert lost(Normed(functional), learn=['leak', 'maxv']) == lost(Normed(functional), layer=GeneralRelu) == []
+
+
+NORMS = {  # the norm, a sample in which its channels come second, and of which shifts it leaves nothing: one per channel, one per layer
+    'instance': (nn.InstanceNorm1d(4), (8, 4, 6), (True, True)), 'instance, affine': (nn.InstanceNorm1d(4, affine=True), (8, 4, 6), (True, True)),
+    'layer': (nn.LayerNorm(4), (8, 4), (False, True)), 'group': (nn.GroupNorm(2, 4), (8, 4), (False, True)),
+    'root mean square': (nn.RMSNorm(4), (8, 4), (False, False)), 'none': (nn.Identity(), (8, 4), (False, False))}
+
+
+@pytest.mark.parametrize('per_channel', [True, False])
+@pytest.mark.parametrize('name', NORMS)
+def test_a_shift_that_another_norm_takes_away_is_told(name, per_channel):
+    torch.manual_seed(0)
+    norm, shape, gone = NORMS[name]
+    model = Normed(norm=norm)
+    if len(shape) > 2: model.lin = nn.Conv1d(4, 4, 1)
+    assert lost(model, torch.randn(shape), per_channel=per_channel) == (['1'] if gone[not per_channel] else [])
+    x = torch.randn(64, *shape[1:])
+    (model.train()(x)*torch.randn(x.shape)).sum().backward()
+    assert (model.act.sub.grad.abs().max() < 1e-4*model.act.leak.grad.abs().max()) == gone[not per_channel]
 
 
 def test_a_shift_that_somebody_else_reads_is_not():
