@@ -93,6 +93,7 @@ def test_a_comparison_is_paired_recorded_and_reported(finished):
     assert r['hardware']['capability'] == torch.backends.cpu.get_cpu_capability() and r['hardware']['cpu']
     assert str(out) not in json.dumps(records)
     assert 'vs relu' in done.stdout and not list((out/'records').glob('*.tmp'))
+    assert r['data']['valid'] == 10 and '10 images to validate on: one of them is 10 points of accuracy' in (out/'report.html').read_text()
     page = (out/'report.html').read_text()
     assert page.count('<img alt="') == 5 and 'src="http' not in page
 

@@ -52,6 +52,7 @@ def record(arm, seed, acc, seconds=1., pair='same', **more):
                 versions=dict(torch='2'), hardware=dict(device='cpu', threads=2)) | more
 
 
+BOARD = dict(data=dict(name='imagewoof2-160', fingerprint='f'))
 RECORDS = [record('relu', 0, .50, 1.), record('relu', 1, .60, 2.), record('relu', 2, .58, 4.),
            record('learned', 0, .52, 3.), record('learned', 1, .61, 2.2), record('learned', 2, .61, 4.8)]
 
@@ -208,13 +209,17 @@ def test_the_noise_of_the_boards_is_asked_of_the_interval():
     rs = [*arm('relu', 0, 0, 0), *arm('near', .1, -.1, .1), *arm('shown', .2, .3, .4), *arm('lower', -.2, -.3, -.4), *arm('wide', .1, 2., -2.),
           *arm('above', .9, 1., 1.3), *arm('far', 3., 3.1, 3.2), *arm('worse', -3., -3.1, -3.2), *arm('edge', 1., 1., 1.), *arm('one', .1)]
     want = ['-', 'yes', 'yes, not 0', 'yes, not 0', 'open', 'open', 'no', 'no', 'no', '-']
+    assert 'within board noise' not in readable(table(rs)), 'these data have no board'
+    assert 'leaderboard' not in report_page(rs) and 'board' not in report_page(rs).partition('<dl>')[2]
+    rs = [r | BOARD for r in rs]
     assert readable(table(rs))['within board noise'].tolist() == want
+    assert 'Rows for the leaderboards' in report_page(rs) and '<dt>within board noise' in report_page(rs)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(-300, 300), min_size=2, max_size=5))
 def test_board_noise_and_interval_never_contradict_each_other(points):
-    rs = [*(record('relu', s, .5) for s in range(len(points))), *(record('x', s, .5 + p/1e4) for s, p in enumerate(points))]
+    rs = [*(record('relu', s, .5, **BOARD) for s in range(len(points))), *(record('x', s, .5 + p/1e4, **BOARD) for s, p in enumerate(points))]
     r = table(rs).iloc[1]
     low, high, said = r['vs relu low'], r['vs relu high'], r['within board noise']
     assert said in ('yes', 'yes, not 0', 'no', 'open')
@@ -300,7 +305,9 @@ def test_intervals_are_drawn_from_as_many_pairs_as_they_need_and_told_apart(n, k
     want = {'t': interval, 'anytime-valid': anytime_interval, 'bootstrap': bootstrap_interval}
     assert drawn == {o: want[o](d) for o in kinds.split()}
     assert sorted(lines['seeds'].get_xdata()) == pytest.approx(sorted(d)) and lines['mean'].get_xdata() == pytest.approx(d.mean())
-    assert {o.get_text() for o in fig.legends[0].texts} == {*lines, 'noise of the boards, ±1 point'}
+    assert {o.get_text() for o in fig.legends[0].texts} == {*lines}
+    keys = plot_pairs([r | BOARD for r in records]).legends[0].texts
+    assert {o.get_text() for o in keys} == {*lines, 'noise of the boards, ±1 point'}
     text = readable_tests(table(records))
     assert [o for o in text if o.startswith('95 %')] == ['95 % t', '95 % anytime-valid'] + ['95 % bootstrap']*(n >= 10)
     assert (text['95 % anytime-valid'] == '-').all() == (n < 5)
@@ -333,7 +340,7 @@ HOSTILE = ['$\\frac{$', 'a$_b$ \\$c\\$', '<script>alert("1")</script>', "it's & 
 
 def hostile_records():
     tele = telemetry(['leak', 'sub', 'maxv'], layers=HOSTILE)
-    named = dict(data=dict(name=HOSTILE[2], fingerprint=HOSTILE[3]), recipe=dict(arch=HOSTILE[0], size=128, epochs=2, note=HOSTILE[2]))
+    named = dict(data=dict(name=f'imagewoof {HOSTILE[2]}', fingerprint=HOSTILE[3]), recipe=dict(arch=HOSTILE[0], size=128, epochs=2, note=HOSTILE[2]))
     return [record(o, s, .5 + s/100, telemetry=tele, **named) for o in ('relu', *HOSTILE) for s in (0, 1)]
 
 
@@ -372,7 +379,7 @@ def test_names_are_written_letter_by_letter():
     alts = [a['alt'] for tag, a in tags if tag == 'img']
     assert all(f'Curves of three layers of {o}, seed 0 over' in ' '.join(alts) for o in HOSTILE)
     assert f'# Runs | Arm |\n| -- | -- | -- | -- | -- |\n| 128 | 2 | 50.50% | 2, mean | relu |\n| 128 | 2 | 50.50% | 2, mean | {HOSTILE[0]} |' in text
-    assert f'Data {HOSTILE[2]}, fingerprint {HOSTILE[3]};' in text and f'{HOSTILE[2]}: {HOSTILE[0]}' in text
+    assert f'Data imagewoof {HOSTILE[2]}, fingerprint {HOSTILE[3]};' in text and f'{HOSTILE[2]}: {HOSTILE[0]}' in text
 
 
 def test_a_page_without_pairs_or_telemetry_and_with_strange_names():

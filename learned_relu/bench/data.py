@@ -190,7 +190,8 @@ class Source:
         if data == 'mnist':
             dls,self.fingerprint = mnist_dls()
             _check_same(data, self.fingerprint, same)
-            self.name,self.n_train,self.n_out,self.c_in = data,len(dls.train_ds),dls.c,dls.c_in
+            self.n_train,self.n_valid = map(len, (dls.train_ds, dls.valid_ds)) # images
+            self.name,self.n_out,self.c_in = data,dls.c,dls.c_in
             return
         which = source or ('320' if size <= 224 else 'full')
         found = find_images(data, which, skip_unreadable, skip_unreadable or not same)
@@ -198,7 +199,8 @@ class Source:
         _check_same(data, self.fingerprint, same)
         self.name = printable(self.path.resolve().name)
         trained = [parent_label(o) for o in self.files if self.path/'train' in o.parents]
-        self.n_train,self.n_out,self.c_in = len(trained),len(set(trained)),3 # images, classes, channels
+        self.n_train,self.n_valid = len(trained),len(self.files) - len(trained)
+        self.n_out,self.c_in = len(set(trained)),3 # classes, channels
         if data not in urls: self.asked = self.name
         self.images = decode_images(*found[1:]) if cache else None
 

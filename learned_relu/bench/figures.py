@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .pairs import paired
 from .stats import BOOTSTRAP_FROM, anytime_interval, bootstrap_interval, interval
-from .table import BOARD_NOISE
+from .table import BOARD_NOISE, on_board
 from ..functional import learned_relu
 from ..history import mean_values, plot_curves, plot_map
 from ..plot import curves_of
@@ -93,7 +93,8 @@ def plot_pairs(
     found = [(o, d) for o in arms if len(d := paired(records, o, 'relu')*100)]
     if not found: return None
     fig,ax = plt.subplots(figsize=(7, 1.8 + .6*len(found)), layout='constrained')
-    ax.axvspan(-BOARD_NOISE, BOARD_NOISE, color='grey', alpha=.15, lw=0, label='noise of the boards, ±1 point')
+    if on_board(records):
+        ax.axvspan(-BOARD_NOISE, BOARD_NOISE, color='grey', alpha=.15, lw=0, label='noise of the boards, ±1 point')
     ax.axvline(0, color='grey', ls=':', label='relu')
     for i,(_,d) in enumerate(found): draw_pairs(ax, i, d)
     ax.set_yticks(range(len(found)), [f'{o} (n={len(d)})' for o,d in found])

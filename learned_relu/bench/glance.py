@@ -18,7 +18,8 @@ from .table import BASES
 def _verdict(r, name):
     if np.isnan(r[f'{name} p']): return 'nothing is shown'
     if 'margin' in r: return f'{r[f"{name} verdict"]}, with a margin of {r["margin"]:g} and corrected by Holm'
-    return f'p is {r[f"{name} p holm"]:.2g}, corrected by Holm'
+    p = r[f'{name} p holm']
+    return f'{"different" if p < .05 else "no difference is shown"}, p is {p:.2g}, corrected by Holm'
 
 def _answer(r, base):
     name = f'vs {base}'
@@ -91,6 +92,6 @@ def plot_moves(
             if len(rows): _draw_moves(ax, rows, f'C{i}', arm, .12*(i - (len(arms) - 1)/2))
         ax.ticklabel_format(axis='y', useOffset=False)
         ax.set(title=kind, xlabel='layer, by depth', ylabel=f'{kind}, start dotted')
-    axs[0, 0].legend(fontsize='small')
+    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=len(arms), fontsize='small')
     fig.suptitle('How far the curves moved: mean and deviation over seeds')
     return fig

@@ -22,7 +22,7 @@ from .figures import plot_accuracy, plot_pairs, plot_params, plot_shapes
 from .glance import answers, plot_moves, readable_moves
 from .record import ran_on
 from .stats import check_statistics
-from .table import (board_rows, declared, leaderboard, readable, readable_coverage,
+from .table import (board_rows, declared, leaderboard, on_board, readable, readable_coverage,
                                       readable_equivalence, readable_losses, readable_tests, table)
 
 # %% ../../nbs/api/34_bench.report.ipynb #c9f1400e
@@ -86,7 +86,7 @@ def report_page(
         tests=readable_tests(df), pairs=_png(plot_pairs(records)), coverage=readable_coverage(),
         declared=declared(records)[1], equivalence=readable_equivalence(df), losses=readable_losses(df),
         learned=learned,
-        board=board_rows(leaderboard(records)),
+        board=board_rows(leaderboard(records)) if on_board(records) else None,
         recipe=recipe_toml(r['recipe']),
         data=r['data'], hardware='; '.join(dict.fromkeys(map(ran_on, records))),
         versions=', '.join(f'{k} {v}' for k,v in r['versions'].items()),

@@ -79,4 +79,5 @@ def run_arms(
         if recipe.model: find_model(recipe.model) # before images are looked for
         source = Source(recipe.data, recipe.size, recipe.source, skip_unreadable, workers, cache)
         text = compare(arms, seeds, source, replace(recipe, data=source.asked), out, judging, launch)
-    if first(): print(f'{text}\n\n{Path(out)/"table.csv"}\n{Path(out)/"report.html"}')
+    if not first(): return
+    print(f'{text}\n\nnumbers: {Path(out)/"table.csv"}\nfigures, and what the columns mean: {Path(out)/"report.html"}')
