@@ -87,7 +87,7 @@ def parsed_by_ray(words):
 @pytest.mark.parametrize('name,line', SHOWN)
 def test_a_command_in_the_prose_can_be_given(name, line):
     words = [o.removeprefix('.venv/bin/') for o in shlex.split(line.split('&&')[-1])]
-    if words == ['python', '-m', 'pytest']: return # what .ci/run runs
+    if words[:3] == ['python', '-m', 'pytest']: return # what .ci/run runs, or a part of it
     if words[:2] == ['pip', 'install']: return # what notebooks begin with, and tests/test_notebooks.py runs
     if words[0] == 'ray': parsed_by_ray(words)
     if words[0] == 'ray' and '--' not in words: return
