@@ -190,10 +190,12 @@ def _started(slots, values):
 def _lost_shifts(slots, layer, kwargs, counts):
     "What to say of shifts that a normalisation takes away again; those of channels, or one that all of them share."
     learn = kwargs.get('learn', getattr(inspect.signature(layer).parameters.get('learn'), 'default', ()))
-    n = sum(all(c.normed if counts else c.centred for c in g) for s in slots for g in s.groups if g)
-    if not n or 'sub' not in learn: return []
-    return [f'{n} {"curve feeds" if n == 1 else "curves feed"} nothing but a normalisation, which takes a shift away '
-            "again: where no cap binds, sub has no gradient there. Nothing has to be mended; "
+    def lost(g): return g and all(c.normed if counts else c.centred for c in g)
+    found = [names[0] for s in slots for g,names in zip(s.groups, _names(s)) if lost(g)]
+    if not found or 'sub' not in learn: return []
+    n,some = len(found),', '.join(found[:3]) + ', ...'*(len(found) > 3)
+    return [f'{n} {"curve feeds" if n == 1 else "curves feed"} ({some}) nothing but a normalisation, which takes a shift '
+            "away again: where no cap binds, sub has no gradient there. Nothing has to be mended; "
             "sub=0., learn=['leak', 'maxv'] leaves shifts out"]
 
 def _rows(slots, layer, fused):

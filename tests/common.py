@@ -1,7 +1,9 @@
 "Small learners for the tests, and commands in their process."
 import io
+import os
 import random
 import runpy
+import subprocess
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -53,3 +55,20 @@ def in_process(command, *args, check=False):
             if code: print(e.code, file=err)
     assert not check or code == 0, err.getvalue()
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), returncode=code)
+
+
+def on_terminal(cmd, **kwargs):
+    "A process that writes to a terminal, where bars are drawn, and what to read it from"
+    ours, its = os.openpty()
+    child = subprocess.Popen([*map(str, cmd)], stdout=its, stderr=its, **kwargs)
+    os.close(its)
+    return child, ours
+
+
+def read_until(terminal, seen=lambda said: False):
+    "What was written until it is seen; without that, until the process has ended"
+    said = b''
+    try:
+        while not seen(said): said += os.read(terminal, 4096)
+    except OSError: pass  # nobody writes any more
+    return said

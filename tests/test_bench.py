@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from common import in_process
+from common import in_process, on_terminal, read_until
 
 from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.data import Source
@@ -93,8 +93,9 @@ def test_a_comparison_is_paired_recorded_and_reported(finished):
     assert r['hardware']['capability'] == torch.backends.cpu.get_cpu_capability() and r['hardware']['cpu']
     assert str(out) not in json.dumps(records)
     assert 'vs relu' in done.stdout and not list((out/'records').glob('*.tmp'))
-    assert r['data']['valid'] == 10 and '10 images to validate on: one of them is 10 points of accuracy' in (out/'report.html').read_text()
     page = (out/'report.html').read_text()
+    assert r['data']['valid'] == 10 and r['steps'] == 3 and 'A run took 3 steps of the optimizer. There are 10 images' in page
+    assert '|-' not in done.stdout and 'train_loss' in done.stdout, 'a pipe is told of epochs and has no bars'
     assert page.count('<img alt="') == 5 and 'src="http' not in page
 
 
@@ -214,14 +215,13 @@ def test_a_command_trains_without_batchnorm(images, tmp_path):
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
 def test_stopped_within_the_second_run_loses_only_that_run(how, images, tmp_path):
     args = '--data', images, *SMALL, '--seeds', 1, '--arms', 'relu,leaky', '--out', tmp_path
-    child = subprocess.Popen([*CMD, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(PYTHONUNBUFFERED='1'),
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
-    said = b''
-    while b'[1/3' not in said.partition(b'run 2/2')[2]: # the progress bar of the second run, after its first batch
-        said += (got := os.read(child.stdout.fileno(), 4096))
-        assert got, said.decode()
+    def heard(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
+    child, terminal = on_terminal([*CMD, *args], preexec_fn=heard)
+    said = read_until(terminal, lambda said: b'[1/3' in said.partition(b'run 2/2')[2])  # the bar of the second run, after its first batch
     child.send_signal(how)
-    said += child.communicate()[0]
+    said += read_until(terminal)
+    child.wait()
+    os.close(terminal)
     assert child.returncode not in (0, 2) and b'KeyboardInterrupt' not in said
     kept = list((tmp_path/'records').glob('*.json'))
     assert [read_record(o)['arm'] for o in kept] == ['relu'] and not (tmp_path/'table.csv').exists()

@@ -599,6 +599,7 @@ def lost(model, sample=None, **kwargs):
 @pytest.mark.parametrize('functional', [False, True])
 def test_a_shift_that_a_batchnorm_takes_away_is_told(functional):
     model = Normed(functional)
+    assert any(o.startswith('1 curve feeds (act) nothing but') for o in patch_relus(Normed(functional), torch.randn(8, 4)).notes)
     assert lost(model) == ['1']
     (model.train()(torch.randn(64, 4))*torch.randn(64, 4)).sum().backward()
     assert model.act.sub.grad.abs().max() < 1e-4*model.act.leak.grad.abs().max()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import in_process, make, quiet
+from common import in_process, make, on_terminal, quiet, read_until
 from fastai.callback.core import Callback
 
 from learned_relu.bench.arms import Arm, arms
@@ -105,18 +105,13 @@ def test_interrupted_twice(images, tmp_path, monkeypatch):
 def test_killed_within_an_epoch_by_the_system(images, tmp_path):
     cmd = Path(sys.executable).with_name('learned_relu_compare'), '--data', images, \
         *f'--model {SMALL["model"]} --size 16 --bs 8 --epochs 3 --seeds 1 --arms {ARM} --out'.split()
-    env = os.environ | dict(PYTHONUNBUFFERED='1')
-    def start(out): return subprocess.Popen([*map(str, cmd), out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
-    child, said = start(tmp_path/'a'), b''
-    while b'[1/3' not in said.partition(b'Epoch 2/3')[2]:
-        said += (got := os.read(child.stdout.fileno(), 4096))
-        assert got, said.decode()
+    child, terminal = on_terminal([*cmd, tmp_path/'a'])
+    assert read_until(terminal, lambda said: b'[1/3' in said.partition(b'Epoch 2/3')[2])
     child.send_signal(signal.SIGKILL)
-    child.communicate()
+    child.wait()
+    os.close(terminal)
     assert list((tmp_path/'a'/'checkpoints').glob('*.pt')) and not list((tmp_path/'a'/'records').glob('*.json'))
-    child = start(tmp_path/'a')
-    assert child.communicate() and child.returncode == 0
-    in_process(cmd[0], *cmd[1:], tmp_path/'b', check=True)
+    for o in 'ab': in_process(cmd[0], *cmd[1:], tmp_path/o, check=True)
     a, b = (read_record(next((tmp_path/o/'records').glob('*.json'))) for o in 'ab')
     assert a['resumed'] == [1] and ended(a) == ended(b) and not (tmp_path/'a'/'checkpoints').exists()
 

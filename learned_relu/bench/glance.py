@@ -15,16 +15,18 @@ import pandas as pd
 from .table import BASES
 
 # %% ../../nbs/api/34_bench.glance.ipynb #19a5892b
-def _verdict(r, name):
+def _verdict(r, base, name):
     if np.isnan(r[f'{name} p']): return 'nothing is shown'
-    if 'margin' in r: return f'{r[f"{name} verdict"]}, with a margin of {r["margin"]:g} and corrected by Holm'
-    p = r[f'{name} p holm']
-    return f'{"different" if p < .05 else "no difference is shown"}, p is {p:.2g}, corrected by Holm'
+    better,p = f'{r["arm"] if r[name] > 0 else base} is more accurate',r[f'{name} p holm']
+    if 'margin' not in r: return f'{better if p < .05 else "no difference is shown"}, p is {p:.2g}, corrected by Holm'
+    worded = {'different': better, 'different, within the margin': f'{better}, by less than the margin',
+              'equivalent': 'equivalent', 'neither shown': 'neither a difference nor equivalence is shown'}
+    return f'{worded[r[f"{name} verdict"]]}, with a margin of {r["margin"]:g} and corrected by Holm'
 
 def _answer(r, base):
     name = f'vs {base}'
     span = f' [{r[f"{name} low"]:+.2f}, {r[f"{name} high"]:+.2f}]' if r[f'{name} n'] > 1 else ''
-    return f'{r["arm"]} − {base}: {r[name]:+.2f} points{span}, {r[f"{name} n"]} pairs: {_verdict(r, name)}.'
+    return f'{r["arm"]} − {base}: {r[name]:+.2f} points{span}, {r[f"{name} n"]} pairs: {_verdict(r, base, name)}.'
 
 def answers(
     df:pd.DataFrame, # as `table` returns it

@@ -23,8 +23,8 @@ def questions(
     margin:float=None, # points of accuracy that were declared to count as no difference; None for no such question
     of:str='accuracy', # what to compare: 'accuracy', in points of percent, or 'valid_loss'
 ) -> pd.DataFrame: # a row per question: arm, base, what `comparison` finds, `p holm`, and with a margin the verdict
-    """Paired comparisons corrected together; `ValueError` for an arm that is not there, a pair that is asked twice, or a
-    margin where losses are compared."""
+    """Paired comparisons corrected together; `ValueError` for an arm that is not there, a pair that is asked twice, or
+    a margin where losses are compared."""
     if margin is not None and of != 'accuracy':
         raise ValueError(f'margin is {margin:g}, which is in points of accuracy, and of is {of!r}: leave margin out')
     pairs = _pairs(records, asked)

@@ -80,7 +80,7 @@ def report_page(
     learned = [dict(who=f'{o["arm"]}, seed {o["seed"]}', shapes=_png(plot_shapes(o)), params=_png(plot_params(o)))
                for o in (seen[arm] for arm in df.arm if arm in seen)]
     return html_page('report.html', dict(
-        title=f'{r["data"]["name"]}: {r["recipe"].get("model") or r["recipe"]["arch"]}',
+        title=f'{r["data"]["name"]}: {(r["recipe"].get("model") or r["recipe"]["arch"]).partition("@")[0]}',
         answers=answers(df), moved=_png(plot_moves(records)), moves=readable_moves(records),
         results=readable(df), accuracy=_png(plot_accuracy(records)),
         tests=readable_tests(df), pairs=_png(plot_pairs(records)), coverage=readable_coverage(),
@@ -88,7 +88,7 @@ def report_page(
         learned=learned,
         board=board_rows(leaderboard(records)) if on_board(records) else None,
         recipe=recipe_toml(r['recipe']),
-        data=r['data'], hardware='; '.join(dict.fromkeys(map(ran_on, records))),
+        data=r['data'], steps=r.get('steps'), hardware='; '.join(dict.fromkeys(map(ran_on, records))),
         versions=', '.join(f'{k} {v}' for k,v in r['versions'].items()),
         commits=', '.join(dict.fromkeys(str(o['commit']) for o in records))))
 

@@ -184,7 +184,7 @@ def train_run(
     fit(learn, recipe, keep.resume(learn))
     if arm.profile: run['profile'] = dict(origin=arm.profile.origin, layers=arm.profile.values())
     return dict(run, format=FORMAT, began=began, **made_by(device, machine),
-                recipe=asdict(recipe),
+                recipe=asdict(recipe), steps=source.steps(recipe),
                 data=dict(name=source.name, fingerprint=source.fingerprint, valid=source.n_valid),
                 pair=dict(weights=weights, batches=batches.digest()), end=state_digest(learn.model),
                 peak_memory=peak_memory(device), **_epochs(learn, keep), **_activations(learn))

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from fastcore.script import call_parse
 
-from .options import kept_in, one_line_errors, out_dir, recipe_options
+from .options import bars_on_terminals, kept_in, one_line_errors, out_dir, recipe_options
 from ..data import Source
 from ..model import find_model
 from ..recipe import planned
@@ -37,7 +37,7 @@ def learned_relu_search(
     with one_line_errors():
         how,plan = planned(recipe, kwargs)
         to = out or f'{out_dir(recipe, how.data)}-search'
-        with kept_in(to):
+        with kept_in(to), bars_on_terminals():
             if how.model: find_model(how.model) # before images are looked for
             source = Source(how.data, how.size, how.source, skip_unreadable, workers, cache)
             where = range(first_seed, first_seed + seeds)
