@@ -194,8 +194,8 @@ def _lost_shifts(slots, layer, kwargs, counts):
     found = [names[0] for s in slots for g,names in zip(s.groups, _names(s)) if lost(g)]
     if not found or 'sub' not in learn: return []
     n,some = len(found),', '.join(found[:3]) + ', ...'*(len(found) > 3)
-    return [f'{n} {"curve feeds" if n == 1 else "curves feed"} ({some}) nothing but a normalisation, which takes a shift '
-            "away again: where no cap binds, sub has no gradient there. Nothing has to be mended; "
+    return [f'{n} {"curve feeds" if n == 1 else "curves feed"} ({some}) nothing but a normalisation, which takes a '
+            "shift away again: where no cap binds, sub has no gradient there. Nothing has to be mended; "
             "sub=0., learn=['leak', 'maxv'] leaves shifts out"]
 
 def _rows(slots, layer, fused):

@@ -103,6 +103,10 @@ def test_records_keep_what_their_recipe_declares_and_the_report_judges_by_it(fin
     out, args, _ = finished
     (tmp_path/'r.toml').write_text('margin = 0.5\nmeasures = ["accuracy", "valid_loss"]\n')
     run('--recipe', tmp_path/'r.toml', *args[:-5], '--seeds', 1, '--arms', 'relu,leaky', '--out', tmp_path/'o', check=True)
+    (tmp_path/'late.toml').write_text('margin = 2.0\n')
+    for how, late in (('late.toml', True), ('r.toml', False)):
+        done = run('--recipe', tmp_path/how, *args[:-5], '--seeds', 1, '--arms', 'relu,leaky', '--out', tmp_path/'o', check=True)
+        assert ('finished before declare another margin' in done.stdout) == late and 'leaky − relu: ' in done.stdout
     records = list(map(read_record, (tmp_path/'o'/'records').glob('*.json')))
     assert [r['judging'] for r in records] == [dict(margin=.5, measures=['accuracy', 'valid_loss'])]*2
     assert {r['digest'] for r in records} == {read_record(o)['digest'] for o in (out/'records').iterdir()}, 'it is the same recipe'

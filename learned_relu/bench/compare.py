@@ -87,6 +87,11 @@ def _warn_of_few(steps):
         print(f'A run takes {steps} steps, in which curves hardly move and networks learn little: pass a smaller bs, '
               'or more epochs', flush=True)
 
+def _warn_of_late(judging, records):
+    if judging and first() and any(r.get('judging') != judging for r in records):
+        print('Runs that were finished before declare another margin or other measures, or none. What is declared now '
+              'counts for new runs alone: pass another directory to judge all of them by it', flush=True)
+
 def _remove_empty(path):
     if path.is_dir() and not any(path.iterdir()): path.rmdir()
 
@@ -113,6 +118,7 @@ def compare(
         there = read_runs(out, mark)
         have = {o: there.pop((o.arm.name, o.seed)) for o in runs if (o.arm.name, o.seed) in there}
         others = [*there.values()]
+        _warn_of_late(judging, have.values())
         Path(out, 'checkpoints').mkdir(exist_ok=True)
         failed = _make_missing(runs, have, others, recipe, source, path, judging, launch)
         if not first(): return ''

@@ -33,7 +33,10 @@ def answers(
 ) -> list: # of sentences
     "Which arm differs from which, as far as these runs show."
     rows = df.to_dict('records')
-    return [_answer(r, base) for base in BASES for r in rows if r[f'vs {base} n'] and r['arm'] != 'relu']
+    asked = [(r, base) for base in BASES for r in rows if r[f'vs {base} n'] and r['arm'] != 'relu']
+    few = min((r[f'vs {base} n'] for r,base in asked), default=5)
+    more = f'Only large differences are seen with {few} pairs: the same command with more seeds adds to them.'
+    return [_answer(*o) for o in asked] + [more]*(few < 5)
 
 # %% ../../nbs/api/34_bench.glance.ipynb #3a03914e
 def _ends(record):

@@ -113,9 +113,9 @@ def save_report(
     records:list, # records of one recipe
     out:Path, # directory
 ) -> str: # the main table as text
-    "Write `table.csv` and `report.html` into `out` and return the table as text."
+    "Write `table.csv` and `report.html` into `out` and return the table, and what it shows, as text."
     check_report()
     df = table(records)
     write_page(Path(out)/'table.csv', df.to_csv(index=False))
     write_page(Path(out)/'report.html', report_page(records))
-    return readable(df).to_string(index=False)
+    return '\n\n'.join(filter(None, (readable(df).to_string(index=False), '\n'.join(answers(df)))))

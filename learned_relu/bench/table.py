@@ -45,7 +45,7 @@ def declared(
     said = [r['judging'] for r in records if r.get('judging')]
     nothing = 'so equivalence is not judged, and the validation loss is exploratory.'
     if not said:
-        how = 'A recipe file declares them, with margin = 0.5 and measures = ["accuracy", "valid_loss"].'
+        how = 'A recipe file declares them, for example with margin = 1.0 and measures = ["accuracy"].'
         return {}, f'Neither a margin nor a second measure was declared with these runs, {nothing} {how}'
     if any(o != said[0] for o in said): return {}, f'The runs declare different things, which counts as none, {nothing}'
     margin,measures = said[0]['margin'],said[0]['measures']
@@ -156,7 +156,7 @@ def _sure(r, base, name, drawn):
     if drawn: spans['95 % bootstrap'] = _span(r, f'{name} bootstrap')
     return {'arm': r['arm'], 'versus': base, 'difference': _num(r[name], '{:+.2f}'), **spans,
             'pairs above': r[f'{name} signs'], 'p': _num(r[f'{name} p'], '{:.2g}'),
-            'p, Holm': _num(r[f'{name} p holm'], '{:.2g}'), 'pairs needed': _num(r[f'{name} pairs needed'], '{:.0f}')}
+            'p, Holm': _num(r[f'{name} p holm'], '{:.2g}'), 'pairs to show 0.5': _num(r[f'{name} pairs needed'], '{:.0f}')}
 
 def readable_tests(
     df:pd.DataFrame, # as `table` returns it
