@@ -304,6 +304,9 @@ def models():
 
 
 if DEVICE == 'cuda':  # the interpreter has no streams
+    from learned_relu.bench.fits import fit_rows, learners_of
+    from learned_relu.bench.full import FORMATS
+
     @pytest.mark.parametrize('i', range(3))
     def test_nobody_waits_for_the_gpu_and_graphs_replay(i):
         step = in_a_loop(models()[i])
@@ -329,6 +332,15 @@ if DEVICE == 'cuda':  # the interpreter has no streams
             model.compile(mode=mode)
             for _ in range(3): got = [o.clone() for o in step()]
             for a, b in zip(got, want, strict=True): assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize('layout', FORMATS)
+    def test_fits_with_all_callbacks_are_timed(dtype, layout):
+        learners = learners_of('xresnet18', 32, 4, 'cuda', dtype, FORMATS[layout], steps=2)
+        before = [copy.deepcopy(o.model) for o in learners.values()]
+        assert (fit_rows(learners, 1).seconds > 0).all()
+        for learn, old in zip(learners.values(), before, strict=True):
+            assert any(not torch.equal(a, b) for a, b in zip(learn.model.parameters(), old.parameters(), strict=True)), 'it was trained'
 
     def test_addresses_that_are_no_multiples_of_16():
         for shift in 0, 1, 0, 2:

@@ -182,7 +182,7 @@ def test_a_network_beside_the_shell_is_compared_and_an_edited_one_is_another(ima
     assert len(records) == 4 and all(records['relu', o]['pair'] == records['prelu', o]['pair'] for o in (0, 1))
     said, = {r['recipe']['model'] for r in records.values()}
     assert re.fullmatch('netbeside:net@[0-9a-f]{8}', said) and {r['recipe']['arch'] for r in records.values()} == {''}
-    assert str(tmp_path) not in json.dumps(list(records.values())) and f'noise: {said}' in (tmp_path/'o'/'report.html').read_text()
+    assert str(tmp_path) not in json.dumps(list(records.values())) and 'noise: netbeside:net<' in (tmp_path/'o'/'report.html').read_text()
     r = records['relu', 0]
     assert replace(Recipe(**r['recipe']), data=r['data']['name']).digest(r['data']['fingerprint']) == r['digest']
     (tmp_path/'netbeside.py').write_text(ODD.replace('(2, 3)', '(3, 2)'))

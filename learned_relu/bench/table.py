@@ -156,7 +156,8 @@ def _sure(r, base, name, drawn):
     if drawn: spans['95 % bootstrap'] = _span(r, f'{name} bootstrap')
     return {'arm': r['arm'], 'versus': base, 'difference': _num(r[name], '{:+.2f}'), **spans,
             'pairs above': r[f'{name} signs'], 'p': _num(r[f'{name} p'], '{:.2g}'),
-            'p, Holm': _num(r[f'{name} p holm'], '{:.2g}'), 'pairs to show 0.5': _num(r[f'{name} pairs needed'], '{:.0f}')}
+            'p, Holm': _num(r[f'{name} p holm'], '{:.2g}'),
+            'pairs to show 0.5': _num(r[f'{name} pairs needed'], '{:.0f}')}
 
 def readable_tests(
     df:pd.DataFrame, # as `table` returns it
