@@ -35,7 +35,8 @@ def answers(
     rows = df.to_dict('records')
     asked = [(r, base) for base in BASES for r in rows if r[f'vs {base} n'] and r['arm'] != 'relu']
     few = min((r[f'vs {base} n'] for r,base in asked), default=5)
-    more = f'Only large differences are seen with {few} pair{"s"*(few > 1)}: decide for ten or more, and the same command adds them.'
+    more = f'Only large differences are seen with {few} pair{"s"*(few > 1)}: decide for ten or more, and the same ' \
+           'command adds them.'
     return [_answer(*o) for o in asked] + [more]*(few < 5)
 
 # %% ../../nbs/api/34_bench.glance.ipynb #3a03914e
