@@ -5,10 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from fastai.data.core import TfmdDL
+from fastai.distributed import DistributedDL
 
+from learned_relu.bench.data import Source
+from learned_relu.bench.recipe import Recipe
 from learned_relu.bench.record import read_record
 
 LAUNCH = [str(Path(sys.executable).with_name('torchrun')), '--nproc_per_node', '2', '--standalone']
@@ -28,6 +35,19 @@ def test_both_processes_hold_the_same(images, tmp_path):
     for k in 'params', 'averages', 'half', 'averaged': assert a[k] == b[k]
     assert a['params'] == a['half'] and len(set(a['params'][0])) > 1 and set(a['averaged']) == {6}
     assert a['telemetry'] == b['telemetry'] == 6*57 and a['loaders'] == ['TfmdDL', 'TfmdDL']
+
+
+class Shared(DistributedDL):
+    def _broadcast(self, t, rank): return list(t)
+
+
+@pytest.mark.parametrize('processes', [1, 2, 3])
+def test_steps_are_counted_as_images_are_shared_out(processes, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', str(processes))
+    for n, bs in product(range(8, 40), (2, 7)):
+        if bs > n//processes: continue  # refused
+        dl = Shared(TfmdDL(range(n), bs=bs, shuffle=True, drop_last=True), rank=0, world_size=processes, device=torch.device('cpu'))
+        assert Source.steps(SimpleNamespace(n_train=n), Recipe(bs=bs, epochs=2)) == 2*len(list(dl)), (n, bs)
 
 
 def test_two_processes_train_as_one_does_with_their_batches_together(tmp_path):

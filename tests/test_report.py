@@ -24,6 +24,7 @@ from learned_relu.bench.arms import Arm
 from learned_relu.bench.commands.report import first_paragraph, learned_relu_report
 from learned_relu.bench.compare import compare
 from learned_relu.bench.figures import STARTS, plot_accuracy, plot_pairs, plot_params, plot_shapes, shape_values, shapes
+from learned_relu.bench.glance import answers
 from learned_relu.bench.pairs import accuracy_at, check_pairs, epoch_ends, equal_time, paired, time_ratio
 from learned_relu.bench.record import read_record, read_records
 from learned_relu.bench.report import check_report, recipe_toml, report_page, save_report
@@ -202,6 +203,17 @@ def test_the_family_is_every_arm_against_relu():
     versus = [p_value(paired(more, o, 'general')*100) for o in ('learned', 'other')]
     want = [np.nan, holm_by_hand(versus)[0], np.nan, np.nan]
     assert t['vs general p holm'].tolist() == pytest.approx(want, nan_ok=True), 'relu against general is general against relu'
+
+
+@pytest.mark.parametrize('points,margin,said', [
+    (3., None, 'x is more accurate, p is'), (-3., None, 'relu is more accurate, p is'), (0., None, 'no difference is shown, p is'),
+    (3., 1., 'x is more accurate, with a margin of 1'), (-3., 1., 'relu is more accurate, with a margin of 1'),
+    (-3., 9., 'relu is more accurate, by less than the margin, with a margin of 9'), (0., 9., 'equivalent, with a margin of 9'),
+    (0., .01, 'neither a difference nor equivalence is shown, with a margin of 0.01')])
+def test_a_sentence_says_which_arm_is_more_accurate(points, margin, said):
+    runs = [record(o, s, .5 + (o == 'x')*(points + .1*(-1)**s)/100) for s in range(6) for o in ('relu', 'x')]
+    sentence, = answers(table(runs, dict(margin=margin)))
+    assert sentence.startswith(f'x − relu: {points:+.2f} points [') and f', 6 pairs: {said}' in sentence
 
 
 def test_the_noise_of_the_boards_is_asked_of_the_interval():

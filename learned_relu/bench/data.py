@@ -221,7 +221,8 @@ def steps(self:Source,
     recipe:Recipe, # how to train
 ) -> int: # of the optimizer, in all epochs together
     "How many steps a run takes on these data."
-    return self.n_train//max(1, num_distrib())//recipe.bs*recipe.epochs
+    each = -(-self.n_train//max(1, num_distrib())) # some images twice, so that all processes get as many
+    return each//recipe.bs*recipe.epochs
 
 @patch
 def digest(self:Source,

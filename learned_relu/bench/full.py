@@ -137,16 +137,15 @@ def _operations(kind, dtype, layout, rounds):
         if kind == 'cuda': res[f'{work} in a CUDA graph, {name}'] = partial(rows, True)
     return res
 
-def _steps(kind, dtype, layout, rounds, arch):
+def _steps(kind, dtype, layout, rounds, arch, fits):
     size,bs = SIZES[kind][arch]
     name = f'{arch}, {size} px, batch {bs}, {str(dtype).removeprefix("torch.")}, {layout}'
     def step(compiled=False):
         rows = step_cost(models_of(arch, compiled), size, bs, rounds, kind, dtype, FORMATS[layout])
         return rows.assign(rounds=rounds)
     def captured(): return captured_rows(models_of(arch), size, bs, dtype, FORMATS[layout], rounds)
-    def fits():
-        return fit_rows(learners_of(arch, size, bs, kind, dtype, FORMATS[layout]), max(1, rounds//4))
-    res = {f'step, {name}': step, f'fit of eight steps, {name}': fits}
+    def whole(): return fit_rows(learners_of(arch, size, bs, kind, dtype, FORMATS[layout], steps=8), max(1, rounds//4))
+    res = {f'step, {name}': step} | ({f'fit of eight steps, {name}': whole} if fits else {})
     if kind == 'cpu': return res
     return res | {f'step in a CUDA graph, {name}': captured, f'step, compiled, {name}': partial(step, True)}
 
@@ -163,9 +162,8 @@ def full_works(
         for j,arch in enumerate(SIZES[kind]):
             if i and j: continue # one kind is enough for all but the first network
             if kind == 'cpu' and dtype != torch.float32: continue # a step takes minutes
-            works = _steps(kind, dtype, layout, steps, arch)
+            works = _steps(kind, dtype, layout, steps, arch, fits=not i and (kind == 'cuda' or not j))
             last |= {k: f for k,f in works.items() if 'compiled' in k and not i and j == 1}
-            if i or kind == 'cpu' and j: works = {k: f for k,f in works.items() if 'fit' not in k} # one kind, too
             res |= {k: f for k,f in works.items() if 'compiled' not in k}
     return res | last
 

@@ -112,8 +112,8 @@ def check_report():
 def save_report(
     records:list, # records of one recipe
     out:Path, # directory
-) -> str: # the main table as text
-    "Write `table.csv` and `report.html` into `out` and return the table, and what it shows, as text."
+) -> str: # the main table, and a sentence for each question
+    "Write `table.csv` and `report.html` into `out` and return what a terminal shows."
     check_report()
     df = table(records)
     write_page(Path(out)/'table.csv', df.to_csv(index=False))

@@ -105,10 +105,9 @@ def make_learner(
     dls = source.dls(recipe.bs, recipe.sh)
     set_seed(seed)
     model = arm_model(arm, recipe, dls.c, getattr(dls, 'c_in', 3)).to(dls.device)
-    steps = len(dls.train)*recipe.epochs//max(1, num_distrib())
     own = [o() for o in arm.callbacks]
     if recipe.mixup: own.insert(0, MixUp(recipe.mixup))
-    if arm.learns: own.append(ActTelemetry(max(1, steps//points)))
+    if arm.learns: own.append(ActTelemetry(max(1, source.steps(recipe)//points)))
     learn = Learner(dls, model, recipe.loss_func(), recipe.opt_func(), metrics=accuracy, wd=recipe.wd, cbs=[*own, *cbs])
     if recipe.fp16: learn.to_fp16()
     if arm.caps:
