@@ -7,13 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from common import in_process, on_terminal, read_until
+from torch.overrides import TorchFunctionMode
 
+from learned_relu.bench import full
 from learned_relu.bench.commands.compare import learned_relu_compare
 from learned_relu.bench.data import Source
 from learned_relu.bench.recipe import Recipe
@@ -78,6 +81,37 @@ def test_a_speed_record_is_there_when_it_is_whole(what, tmp_path, monkeypatch):
     speed.learned_relu_speed(tmp_path/'out')
     record = json.loads((tmp_path/'out'/'speed.json').read_text())
     assert {k: record[k] for k in ('commit', 'versions', 'hardware')} == made_by('cpu', {})
+
+
+class StandIn(TorchFunctionMode):
+    "What is meant for a GPU goes to the CPU."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def cpu(o): return torch.device('cpu') if isinstance(o, str | torch.device) and str(o).startswith('cuda') else o
+        if func is torch.device: return func(*args)
+        return func(*map(cpu, args), **{k: cpu(v) for k, v in (kwargs or {}).items()})
+
+
+def test_each_kind_of_row_for_a_gpu_is_measured_on_a_stand_in(monkeypatch):
+    class Graph:
+        def replay(self): torch.ones(1000).sum()
+
+    given = dict(synchronize=lambda: None, Stream=lambda: None, stream=lambda _: nullcontext(), CUDAGraph=Graph, graph=lambda _: nullcontext(),
+                 reset_peak_memory_stats=lambda: None, memory_allocated=lambda: 1, max_memory_allocated=lambda: 8)
+    for k, v in given.items(): monkeypatch.setattr(torch.cuda, k, v)
+    monkeypatch.setitem(full.SIZES, 'cuda', {'xresnet18': (32, 2)})
+    monkeypatch.setitem(full.KINDS, 'cuda', full.KINDS['cuda'][:1])
+    copied, measured = full.copy_rows, full.activation_rows
+    monkeypatch.setattr(full, 'copy_rows', lambda device, _: copied(device, 1024, 1))
+    monkeypatch.setattr(full, 'activation_rows', lambda layers, _, *args: measured(layers, (2, 64, 4, 4), *args))
+    works = full.full_works('cuda', 1, 1)
+    compiled = [o for o in works if 'compiled' in o]  # minutes, and the same models as `--compiled` times on a CPU
+    with StandIn(): rows, left, ended = full.measured_until({k: f for k, f in works.items() if k not in compiled}, 5)
+    assert (left, ended, len(works) - len(compiled)) == ([], 'done', 8)
+    assert not rows.duplicated(['work', 'name']).any() and rows[['median', 'low', 'high', 'rounds']].notna().all(axis=None)
+    of = {k: rows[rows.work.str.startswith(k)] for k in ('copy', 'operation', 'with BatchNorm', 'step, ', 'step in a CUDA graph', 'fit of')}
+    assert [len(o) for o in of.values()] == [1, 16, 8, 5, 5, 5]
+    assert of['fit of'].name.iloc[-1] == 'LearnedRelu, fuse_bn, all callbacks' and (of['step, '].peak == 1).all()
+    assert (rows.bytes_per_second > 0).sum() == 25
 
 
 def test_a_comparison_is_paired_recorded_and_reported(finished):
