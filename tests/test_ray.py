@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,13 +276,25 @@ def test_what_stands_in_the_way_of_a_node_is_a_sentence(images, source, tmp_path
     for line, words in zip(done.stdout.splitlines(), want, strict=True): assert line.startswith(words), line
 
 
+def test_a_directory_from_another_gpu_is_refused_before_anything_is_trained(cluster, source, local, tmp_path):
+    shutil.copytree(local/'records', tmp_path/'records')
+    moved = next((tmp_path/'records').glob('relu-seed0-*'))
+    r = json.loads(moved.read_text())
+    r['hardware']['device'] = 'NVIDIA H100'
+    moved.write_text(json.dumps(r))
+    before = records(tmp_path)
+    with pytest.raises(ValueError, match='relu, seed 0, ran on NVIDIA H100, and the next run would be made on cpu'):
+        made(tmp_path, source, partial(on_ray, out=tmp_path), seeds=[100])
+    assert records(tmp_path) == before and not left(tmp_path)
+
+
 def test_a_node_that_sees_another_directory_takes_no_part(cluster, tmp_path):
-    ref, node = ray.put(dict(kind='a kind', wrong=None)), next(iter(_alive()))
-    nodes = SimpleNamespace(asked={ref: node}, names={node: 'north'}, kinds={}, out=tmp_path, token='t')
+    ref, node = ray.put(dict(kind='a kind', device='a GPU', wrong=None)), next(iter(_alive()))
+    nodes = SimpleNamespace(asked={ref: node}, names={node: 'north'}, kinds={}, devices={}, out=tmp_path, token='t')
     assert _Nodes.answer(nodes, ref).startswith(f'node north: what it writes to {tmp_path} is not seen here') and not nodes.kinds
     token(tmp_path, f't-{node}').touch()
     nodes.asked[ref] = node
-    assert _Nodes.answer(nodes, ref) is None and nodes.kinds == {node: 'a kind'}
+    assert _Nodes.answer(nodes, ref) is None and (nodes.kinds, nodes.devices) == ({node: 'a kind'}, {'a kind': 'a GPU'})
 
 
 def test_a_module_of_the_directory_that_the_command_was_given_in_is_found(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 
-from fastai.torch_core import default_device
 from fastprogress.fastprogress import format_time
 
 from .data import Source
@@ -20,7 +19,7 @@ from .distributed import first
 from .launch import Run, one_after_another
 from .pairs import check_device, check_pairs
 from .recipe import Recipe
-from .record import device_name, in_use, read_runs, record_name, records_dir, write_record
+from .record import in_use, read_runs, record_name, records_dir, write_record
 from .report import check_report, save_report
 from .trial import tried
 
@@ -67,9 +66,8 @@ def _make_missing(runs, have, others, recipe, source, path, judging, launch):
     check_pairs([*have.values(), *others])
     for what,run,res in launch([o for o in runs if o not in have], recipe, source):
         if what == 'said' and first(): print(res, flush=True)
-        if what == 'begun':
-            if not res: check_device([*have.values(), *others], device_name(default_device())) # since it is made here
-            told.begin(run, res, len(runs) - len(have))
+        if what == 'device': check_device([*have.values(), *others], res)
+        if what == 'begun': told.begin(run, res, len(runs) - len(have))
         if what == 'failed':
             failed.append(run)
             told.running.discard(run)

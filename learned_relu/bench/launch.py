@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastai.torch_core import num_distrib
+from fastai.torch_core import default_device, num_distrib
 
 from .arms import Arm
 from .data import Source
 from .recipe import Recipe, launchers
+from .record import device_name
 from .run import train_run
 
 # %% ../../nbs/api/34_bench.launch.ipynb #6ca27560
@@ -35,9 +36,10 @@ def one_after_another(
     recipe:Recipe, # how to train
     source:Source, # the data
     minutes:float=math.inf, # in which to be done: a run that would end later, by the longest before it, is left
-) -> Iterator: # of ('begun', run, ''), ('done', run, record) and ('said', None, line)
+) -> Iterator: # of ('device', None, name), ('begun', run, ''), ('done', run, record) and ('said', None, line)
     "Make runs in this process, the first in any case; whatever one raises ends them all."
     began,longest = time.monotonic(),0
+    if runs: yield 'device', None, device_name(default_device())
     for i,o in enumerate(runs):
         start = time.monotonic()
         if longest and start - began + longest > 60*minutes:

@@ -20,7 +20,7 @@ import torch
 
 from .distributed import first
 from .model import raised
-from .record import made_by
+from .record import device_name, made_by
 from .run import train_run
 
 # %% ../../nbs/api/33_bench.node.ipynb #c4b0330b
@@ -76,16 +76,16 @@ def look(
     out:str, # the run directory, whose token is named as in `name`
     name:str, # of the token
     node:str, # what this node is called
-) -> dict: # `kind`; `wrong`, a sentence, or None
+) -> dict: # `kind`; `device`, as `device_name` says it; `wrong`, a sentence, or None
     "See whether this machine can make runs, and prepare its data."
     try:
         _check_shared(out, name, node)
         _,recipe,source = unpacked(payload)
         source.check_bs(recipe.bs)
         recipe.pinned(source.n_out, source.c_in)
-        kind = node_kind('cuda' if torch.cuda.is_available() else 'cpu')
-    except Exception as e: return dict(kind=None, wrong=said(e))
-    return dict(kind=kind, wrong=None)
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        return dict(kind=node_kind(device), device=device_name(device), wrong=None)
+    except Exception as e: return dict(kind=None, device=None, wrong=said(e))
 
 # %% ../../nbs/api/33_bench.node.ipynb #526377ce
 def said(

@@ -101,6 +101,7 @@ class _Nodes:
         self.gpus = gpus if gpus is not None else float(max(known) > 0)
         self.token,self.kind = uuid4().hex[:12],None
         self.names,self.kinds,self.asked = {},{},{} # by id, but those asked, which are by reference
+        self.devices = {} # by kind
         self._look = ray.remote(max_calls=1, max_retries=0)(look)
 
     def ask(self):
@@ -123,7 +124,7 @@ class _Nodes:
         if res['wrong']: return f'node {name}: {res["wrong"]}'
         if not token(self.out, f'{self.token}-{node}').exists():
             return f'node {name}: what it writes to {self.out} is not seen here: let out be a directory that all share'
-        self.kinds[node] = res['kind']
+        self.kinds[node],self.devices[res['kind']] = res['kind'],res['device']
 
     def fit(self):
         "Of the nodes that are there, those of the kind that is meant, with how many runs each holds at once."
@@ -233,7 +234,7 @@ def on_ray(
     gpus:float=None, # of a run: 0, a fraction of 1, or a whole number; None for 1 where nodes have GPUs
     cpus:int=1, # of a run, and its threads
     kind:str=None, # words of the kind of nodes that is meant; None where there is only one
-) -> Iterator: # of ('begun', run, node), ('done', run, record), ('failed', run, why) and ('said', None, line)
+) -> Iterator: # of what a launcher says: 'device', then 'begun' with the name of a node, 'done', 'failed' and 'said'
     "Make runs as tasks of Ray; `ValueError`, before the first, names a node that cannot take part."
     if not runs: return
     out = str(Path(out).absolute())
@@ -244,6 +245,7 @@ def on_ray(
         try:
             with _interrupts() as heard:
                 for o in _first_look(nodes, kind): yield 'said', None, o
+                yield 'device', None, nodes.devices[nodes.kind]
                 tasks = _Tasks(runs, recipe, source, nodes)
                 yield from _made(tasks, nodes, heard)
         finally:
