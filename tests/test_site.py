@@ -38,6 +38,7 @@ FLAGS = ('headless no-sandbox disable-gpu disable-quic no-first-run disable-back
 # what the browser is asked
 SEEN = """const titled = o => !!(o.closest('figure') || document.createElement('p')).querySelector('figcaption');
 return {title: document.title, about: document.querySelector('meta[name=description]')?.content, headings: document.querySelectorAll('h1').length,
+        hidden: [...document.querySelectorAll('main pre')].filter(o => o.scrollWidth > o.clientWidth + 1).map(o => o.textContent.slice(0, 80)),
         pictures: [...document.images].map(o => [o.naturalWidth, o.alt, titled(o)]),
         formulas: [...document.querySelectorAll('math')].map(o => [o.getBoundingClientRect().height, o.textContent])}"""
 COLOURS = r"""const colour = o => getComputedStyle(o).backgroundColor;
@@ -101,7 +102,7 @@ def test_a_page_loads_with_its_figures_and_formulas_and_fits_a_phone(source, bro
     browser.get(url + str(source.with_name(html(source)).as_posix()))
     assert [o['message'] for o in browser.get_log('browser') if o['level'] in ('SEVERE', 'WARNING')] == []
     said = browser.execute_script(SEEN)
-    assert said['title'] and said['about'] and said['headings'] == 1
+    assert said['title'] and said['about'] and said['headings'] == 1 and not said['hidden']
     assert all(width > 0 and len(alt) > 20 and titled for width, alt, titled in said['pictures'])
     cells = read_nb(REPO/'nbs'/source).cells if source.suffix == '.ipynb' else []
     stored = [o for c in cells for o in c.get('outputs', [])]
