@@ -35,6 +35,7 @@ def hardly_moved(
     ends = [o for o in ('mean', 'min', 'max') if o in one]
     moved = max(np.ptp(rows[o]) for _,rows in one.groupby('layer') for o in ends)
     if not moved < 1e-3: return ''
+    if 'frozen' in one and one.frozen.all(): return 'frozen: it was held where it is'
     if 'grad' in one and not one.grad.fillna(0).any(): return 'no gradient: it plays no part'
     return f'moved by {moved:.0e}: the fit is too short, or the rate too low' if moved else 'never moved'
 
@@ -95,7 +96,7 @@ def plot_map(
     columns = [o for o in history if o not in ('fit', 'epoch', 'step', 'layer', 'kind')]
     if value not in columns: raise ValueError(f'value is {value!r}: pass one of {columns}')
     layers = list(dict.fromkeys(rows.layer) if layers is None else layers)
-    grid = rows.pivot(index='layer', columns='step', values=value).reindex(layers)
+    grid = rows.pivot(index='layer', columns='step', values=value).reindex(layers).astype(float)
     if ax is None: ax = plt.subplots(figsize=(6, max(2., 1.2 + .16*len(layers))), layout='constrained')[1]
     low,high = _ends(grid.to_numpy())
     image = ax.imshow(grid, aspect='auto', interpolation='nearest', cmap='viridis', vmin=low, vmax=high)

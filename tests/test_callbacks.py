@@ -1,11 +1,13 @@
 "Callbacks alone, together, with helpers of fastai around them, and against sabotage."
+import io
 import math
 import warnings
 
 import pytest
 import torch
 from common import OPTS, Follow, make, quiet
-from fastai.callback.core import Callback, CancelBatchException, CancelStepException
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
+from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import Datasets
 from fastai.learner import load_learner
@@ -247,6 +249,37 @@ def test_helpers_leave_everything_as_it_was(tmp_path):
     assert learn.model[1].num_averaged == 30 and set(learn.act_telemetry.frame().fit) == {0, 1}
 
 
+def test_what_is_loaded_at_the_end_of_a_fit_stays_and_the_last_step_is_told(tmp_path):
+    class Stops(Callback):
+        order = 101
+        def after_batch(self):
+            if self.training and (self.epoch, self.iter) == (2, 3): raise CancelFitException
+    follow = Follow(lambda m: m[1].sub)
+    learn = make(NoDecayActParams(), ClampActParams(), FreezeActParams(.5), ActTelemetry(7), follow, path=tmp_path)
+    best = SaveModelCallback(monitor='valid_loss', comp=lambda a, b: a > b, fname='first')  # that of the first epoch
+    with quiet(learn): learn.fit(3, .05, cbs=[best, Stops()])
+    saved = torch.load(tmp_path/'models'/'first.pth')
+    assert not torch.equal(saved['1.sub'], follow.seen[-1]) and len(follow.seen) == 24
+    assert all(torch.equal(saved[k], v) for k, v in learn.model.state_dict().items())
+    rows = learn.act_telemetry.frame().query("layer == '1' and kind == 'sub'")
+    assert rows.step.tolist() == [0, 7, 14, 21, 23] and math.isclose(rows['mean'].iloc[-1], follow.seen[-1].mean(), abs_tol=1e-6)
+
+
+def test_lr_find_is_no_training_to_freeze_in(tmp_path):
+    firsts = []
+    for looks in False, True:
+        learn = make(FreezeActParams(.5, epochs=4), ActTelemetry(1), path=tmp_path)
+        with quiet(learn):
+            learn.fit(1)
+            before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+            if looks: learn.lr_find(num_it=12, show_plot=False)
+            assert all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
+            learn.fit(3)
+        df = learn.act_telemetry.frame()
+        firsts.append(df[df.frozen].step.min())
+    assert firsts == [20, 20]
+
+
 def x_of(i): return torch.tensor([i/80 - 1.])
 def y_of(i): return torch.tensor([i/40 + 1.])
 
@@ -268,6 +301,23 @@ def test_saving_and_exporting_carry_everything(tmp_path):
     x = torch.linspace(-2, 2, 9)[:, None]
     assert torch.equal(fresh.model(x), loaded.model(x)) and torch.equal(fresh.model(x), learn.model.eval()(x))
     assert len(want) == 32 and len(loaded.act_telemetry.frame()) == len(learn.act_telemetry.frame())
+    watched = make(ActTelemetry(2), path=tmp_path)
+    watched.load(file.stem)
+    assert len(watched.act_telemetry.plot_curves()) == 2 and len(watched.act_telemetry.frame()) == len(learn.act_telemetry.frame())
+    make(path=tmp_path).save(file.stem)
+    watched = make(ActTelemetry(2), path=tmp_path).load(file.stem, with_opt=False)
+    assert watched.act_telemetry.frame().empty, 'a history goes with the file that it stood beside'
+
+
+def test_a_learner_is_saved_to_a_buffer(tmp_path):
+    for cbs in [], [ActTelemetry(2)]:
+        learn, buffer = make(*cbs, path=tmp_path), io.BytesIO()
+        with quiet(learn): learn.fit(1)
+        learn.save(buffer)
+        buffer.seek(0)
+        fresh = make(*cbs, path=tmp_path)
+        fresh.load(buffer)
+        assert all(torch.equal(v, fresh.model.state_dict()[k]) for k, v in learn.model.state_dict().items())
 
 
 def test_training_on_without_averaging_drops_the_averages_and_says_so():

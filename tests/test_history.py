@@ -8,6 +8,7 @@ from common import make, quiet
 from torch import nn
 
 from learned_relu.bench.figures import plot_params, plot_shapes
+from learned_relu.callback.freeze import FreezeActParams
 from learned_relu.callback.telemetry import ActTelemetry
 from learned_relu.history import mean_values, plot_curves, plot_map, plot_means
 from learned_relu.layers import LearnedClip, LearnedRelu
@@ -92,3 +93,11 @@ def test_what_cannot_be_drawn_is_named():
     tele = ActTelemetry()
     for draw in (tele.plot, tele.heatmap, tele.plot_curves):
         with pytest.raises(ValueError, match='no history yet'): draw()
+
+
+def test_what_was_held_is_called_frozen():
+    learn = make(FreezeActParams(0.), ActTelemetry(3))
+    with quiet(learn): learn.fit(1, 1e-2)
+    axs = learn.act_telemetry.plot()
+    assert all(ax.get_title().endswith('\nfrozen: it was held where it is') for ax in axs)
+    assert (learn.act_telemetry.heatmap('leak', 'frozen').images[0].get_array() == 1).all()

@@ -20,8 +20,8 @@ from ..params import act_layers, act_params
 class FreezeActParams(ActCallback):
     "Hold activation parameters fixed from `after` of the training on."
     order = act_order(2)
-    fleeting = (*ActCallback.fleeting, '_pinned')
-    _pinned = None
+    fleeting = (*ActCallback.fleeting, '_pinned', '_midway')
+    _pinned,_midway = None,False
 
     def __init__(self,
         after:float=0.5, # fraction of the training, in [0, 1]
@@ -38,14 +38,19 @@ class FreezeActParams(ActCallback):
     @property
     def frozen(self): return self._pinned is not None
 
+    @property
+    def _searching(self): return hasattr(self.learn, 'lr_finder') # which is no training: it is taken back
+
     def begin(self):
-        self._past,self._trained,self._pinned = self._past + self._trained,0.,None
+        self._pinned = None
+        if not self._searching: self._past,self._trained = self._past + self._trained,0.
         if self.at == 'value' or hasattr(self.learn, 'ema_act_params'): return
         if not all(m.updates() for m in act_layers(self.learn.model).values()):
             raise ValueError("at='average' freezes at averages, and there are none: add EMAActParams to the callbacks, "
                              "or pass at='value'")
 
     def _time_has_come(self):
+        if self._searching: return False
         now = self.pct_train if self.epochs is None else (self._past + self.pct_train*self.n_epoch)/self.epochs
         return now >= self.after - 1e-6 # sums of steps fall short by rounding
 
@@ -65,20 +70,24 @@ class FreezeActParams(ActCallback):
 def before_step(self:FreezeActParams):
     "Take the gradients away once the time has come."
     if self._time_has_come() and not self.frozen: self._pin()
+    self._midway = self.frozen
     for params,_ in self._pinned or ():
         for p in params: p.grad = None
 
 @patch
 def stepped(self:FreezeActParams):
+    self._midway = False
     for params,room in self._pinned or (): room.scatter(params)
 
 @patch
-def end(self:FreezeActParams): self.stepped() # of a step that was broken off
+def end(self:FreezeActParams):
+    if self._midway: self.stepped() # a step that was broken off; else somebody may have loaded other values meanwhile
 
 @patch
 def after_batch(self:FreezeActParams):
     "Count what was trained."
-    self._trained = self.pct_train*self.n_epoch
+    self._midway = False
+    if not self._searching: self._trained = self.pct_train*self.n_epoch
 
 @patch
 def state_dict(self:FreezeActParams): # what a resumed training needs to freeze at the same moment

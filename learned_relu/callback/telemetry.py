@@ -11,6 +11,7 @@ __all__ = ['ActTelemetry']
 import warnings
 from contextlib import ExitStack
 from functools import partial, wraps
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -121,9 +122,14 @@ def _record(self:ActTelemetry, grads):
     self._flow,self._last = {},None
 
 @patch
+def after_fit(self:ActTelemetry):
+    "Record the last step of a fit that ended early, before a callback loads other values."
+    if self._last: self._record([None]*len(self._acts))
+
+@patch
 def end(self:ActTelemetry):
     self.after_batch()
-    if self._last: self._record([None]*len(self._acts)) # a fit that was broken off: its last step, too
+    self.after_fit() # where an error broke the fit off
 
 # %% ../../nbs/api/24_callback.telemetry.ipynb #cd5c2045
 def _check_visible(model):
@@ -200,18 +206,19 @@ def _beside(file): return file.with_name(f'{file.stem}_act_telemetry.pth')
 @wraps(_save)
 def _save_both(self, file, *args, **kwargs):
     file = _save(self, file, *args, **kwargs)
+    if not isinstance(file, Path) or hasattr(self, 'lr_finder') or rank_distrib(): return file
     tele = getattr(self, 'act_telemetry', None)
-    if tele is not None and tele._records and not hasattr(self, 'lr_finder') and not rank_distrib():
-        torch.save(tele.state_dict(), _beside(file))
+    if tele is not None and tele._records: torch.save(tele.state_dict(), _beside(file))
+    else: _beside(file).unlink(missing_ok=True) # of what the file held before
     return file
 
 @wraps(_load)
 def _load_both(self, file, *args, **kwargs):
     res = _load(self, file, *args, **kwargs)
-    found = _beside(join_path_file(file, self.path/self.model_dir, ext='.pth'))
     tele = getattr(self, 'act_telemetry', None)
-    if tele is not None and not tele._records and found.exists():
-        tele.load_state_dict(torch.load(found, weights_only=True))
+    if tele is None or tele._records or not isinstance(file, str | Path): return res # a buffer has nothing beside it
+    found = _beside(join_path_file(file, self.path/self.model_dir, ext='.pth'))
+    if found.exists(): tele.load_state_dict(torch.load(found, weights_only=True))
     return res
 
 Learner.save,Learner.load = _save_both,_load_both
@@ -255,5 +262,6 @@ def plot_curves(self:ActTelemetry,
 ): # array of axes, one per layer
     "Curve shapes of the first, middle and last layer as they evolve, from their mean parameters."
     values = history.mean_values(self._history())
-    curves = {o.name: partial(_mean_curves, o.layer) for o,*_ in self._acts}
+    acts = [o for o,*_ in self._acts] or act_params(self.learn.model) # of a history that was loaded
+    curves = {o.name: partial(_mean_curves, o.layer) for o in acts}
     return history.plot_curves(values, curves, n=n)[0]
