@@ -162,6 +162,7 @@ class DeferredBatchNorm3d(_Deferred, nn.BatchNorm3d):
 
 _deferred = {nn.BatchNorm1d: DeferredBatchNorm1d, nn.BatchNorm2d: DeferredBatchNorm2d,
              nn.BatchNorm3d: DeferredBatchNorm3d}
+_plain = {v: k for k,v in _deferred.items()}
 
 def can_defer(
     bn:nn.Module, # any module
@@ -192,6 +193,13 @@ class BnLearnedRelu(LearnedRelu):
         training = bn.training or bn.running_mean is None
         return bn_learned_relu(x, *running, bn.weight, bn.bias, **values, training=training, momentum=momentum,
                                eps=bn.eps)
+
+    def normed(self,
+        x:Tensor, # as it is called with
+    ) -> Tensor: # what its curve is computed of
+        "The output of its BatchNorm, which notices the batch as ever."
+        bn, = self._bn
+        return _plain[type(bn)].forward(bn, x)
 
     def extra_repr(self): return f'{super().extra_repr()}, after {type(self._bn[0]).__name__}'
 
@@ -238,8 +246,7 @@ def unfuse_batchnorms(
     model:nn.Module, # a model after `fuse_batchnorms`, changed in place
 ) -> int: # how many were fused
     "Take apart again what `fuse_batchnorms` put together."
-    plain = {v: k for k,v in _deferred.items()}
-    for bn in places_of(model, _Deferred): _become(bn, plain[type(bn)])
+    for bn in places_of(model, _Deferred): _become(bn, _plain[type(bn)])
     fused = places_of(model, BnLearnedRelu)
     for act in fused: _become(act, LearnedRelu); del act._bn
     return len(fused)

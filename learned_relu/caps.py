@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .batchnorm import BnLearnedRelu
 from .params import act_layers
 from .trace import uncompiled
 
@@ -36,7 +37,8 @@ def caps_from_data(
     def start(m, args):
         if m in done: return
         values = {k: m.current(k) for k in m.kinds} | dict(maxv=torch.full_like(m.maxv, math.inf))
-        done[m] = _quantile(m.curve(args[0], values, m.channel_dim), m, share)
+        x = m.normed(args[0]) if isinstance(m, BnLearnedRelu) else args[0]
+        done[m] = _quantile(m.curve(x, values, m.channel_dim), m, share)
         if not done[m].isfinite().all(): raise ValueError(f'The batch gives activations that are not finite in {next(n for n,o in layers.items() if o is m)}: look at x')
         m.maxv.copy_(torch.where(done[m] > 0, done[m], m.maxv)) # a cap below 0 would leave a constant
     hooks = [m.register_forward_pre_hook(start) for m in layers.values()]

@@ -55,10 +55,10 @@ def _mark(ax, history):
 # %% ../nbs/api/05_history.ipynb #5b170001
 def plot_means(
     history, # `DataFrame` with columns layer, step, kind and mean, and perhaps fit, epoch and frozen; layers in order
-    kinds=None, # kinds to draw; None draws all
+    kinds=None, # kinds to draw, or one; None draws all
 ): # array of axes, one per kind
     "Mean of each layer against the step, from the first layer (dark) to the last (light)."
-    kinds = list(kinds or dict.fromkeys(history.kind))
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds or dict.fromkeys(history.kind))
     axs = plt.subplots(1, len(kinds), figsize=(4*len(kinds), 3), squeeze=False, layout='constrained')[1][0]
     for ax,kind in zip(axs, kinds):
         one = _of_kind(history, kind)

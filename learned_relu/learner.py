@@ -8,7 +8,6 @@ Docs: https://learned-relu.github.io/learned_relu/api/learner.html.md"""
 __all__ = ['sample_inputs']
 
 # %% ../nbs/api/29_learner.ipynb #80461e87
-import inspect
 import random
 import warnings
 from contextlib import contextmanager
@@ -16,20 +15,23 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from fastai.learner import Learner
+from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-from .callback.clamp import ClampActParams
+from .act_layer import ActLayer
+from .callback.clamp import ClampActParams, check_starts
 from .callback.core import ActCallback, ensure_in_optimizer
 from .callback.decay import NoDecayActParams
 from .callback.ema import EMAActParams
 from .callback.freeze import FreezeActParams
 from .callback.log import LogActParams
+from .callback.penalty import ActGradPenalty
 from .callback.telemetry import ActTelemetry
-from .layers import LearnedRelu
-from .params import act_layers
-from .patch import AlreadyPatched, batches_counted, patch_relus, unpatch_relus
-from .profile import as_profile
+from .params import act_params
+from .patch import AlreadyPatched, patch_relus, unpatch_relus
+from .trace import run_once
+from .trained import UNTOLD
 
 # %% ../nbs/api/29_learner.ipynb #3b9faecd
 @contextmanager
@@ -37,13 +39,24 @@ def _generators_kept(dl):
     own = getattr(dl, 'rng', None)
     state = own.getstate() if own else None
     py,np_ = random.getstate(),np.random.get_state()
-    lazy = {'_types', '_n_inp'} - set(vars(dl)) # fastai draws one more item the first time that it needs them
+    own_torch = getattr(dl, 'generator', None) # of a loader of PyTorch
+    torch_state = own_torch.get_state() if own_torch else None
+    had = set(getattr(dl, '__dict__', ()))
     try:
         with torch.random.fork_rng(): yield
     finally:
         random.setstate(py); np.random.set_state(np_)
         if own: own.setstate(state); dl.rng = own
-        for o in lazy & set(vars(dl)): delattr(dl, o)
+        if own_torch: own_torch.set_state(torch_state)
+        drawn = {'_types', '_n_inp'} - had # for which fastai draws one more item the first time
+        for o in drawn & set(getattr(dl, '__dict__', ())): delattr(dl, o)
+
+def _one_batch(learn, dl):
+    if hasattr(dl, 'one_batch'): return dl.one_batch()
+    if iter(dl) is dl: # an iterator: what it gives it does not give again
+        raise ValueError(f'The batches of a {type(dl).__name__} come only once: pass sample=, inputs to run once')
+    p = next(learn.model.parameters(), None)
+    return to_device(next(iter(dl)), 'cpu' if p is None else p.device)
 
 def sample_inputs(
     learn:Learner, # a learner with data
@@ -51,29 +64,13 @@ def sample_inputs(
     "One batch of inputs of `learn`, with the random generators of torch, NumPy, Python and the loader as before."
     dl = learn.dls.valid if len(learn.dls.loaders) > 1 and len(learn.dls.valid) else learn.dls.train
     with _generators_kept(dl):
-        b = dl.one_batch()
+        b = _one_batch(learn, dl)
         b = b if isinstance(b, (tuple, list)) else (b,)
         n = getattr(dl, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o for o in b[:n])
 
 # %% ../nbs/api/29_learner.ipynb #29a17001
 _ours = NoDecayActParams, ClampActParams, EMAActParams, FreezeActParams, ActTelemetry, LogActParams
-
-def _check_starts(model, clamp, given, profile, kwargs):
-    "Refuse a start that the first step would take back."
-    layer,init = kwargs.get('layer', LearnedRelu),kwargs.get('init')
-    kept = init in ('same', 'data') or init is None and not given and batches_counted(model)
-    usual = {} if kept or profile else _defaults(layer)
-    starts = [usual | given | (init if isinstance(init, dict) else {}), *(profile.values().values() if profile else ())]
-    for k,v in (o for values in starts for o in values.items()):
-        low,high = clamp.bounds_of(layer, k)
-        if not isinstance(v, torch.Tensor) and not low <= v <= high:
-            raise ValueError(f'{k} starts at {v}, outside its bounds ({low:g}, {high:g}): start inside, '
-                             f'or pass cbs= with ClampActParams({k}=(low, high))')
-
-def _defaults(layer):
-    takes = inspect.signature(layer).parameters
-    return {k: takes[k].default for k in getattr(layer, 'bounds', ()) if k in takes and takes[k].default is not None}
 
 _again = 'The curves were there already and stay as they are, with the callbacks of this call: ' \
          'learn.to_relu() first begins anew'
@@ -88,22 +85,42 @@ def _chosen(learn, cbs): # the learner's own before our defaults, what is given 
 def _put_in(learn, cbs, said):
     for o in cbs:
         if isinstance(o, ActCallback): learn.remove_cb(type(o))
-    if said: warnings.warn(said, stacklevel=3)
+    for o in said: warnings.warn(o, stacklevel=3)
     return learn.add_cbs(cbs)
 
+def _clip(model, sample, layers):
+    "Those of `layers` whose caps clip something of `sample`."
+    bound,hooks = [],[]
+    def look(m, args, y):
+        if m.clipped(y).any(): bound.append(m)
+    try:
+        for m in layers: hooks.append(m.register_forward_hook(look))
+        run_once(model, sample)
+    finally:
+        for h in hooks: h.remove()
+    return bound
+
 @torch.no_grad()
-def _start_inside(model, clamp):
-    "A cap that is not there starts at the highest that the bounds allow."
-    for m in act_layers(model).values():
-        for k in m.learn: getattr(m, k).clamp_(*clamp.bounds_of(type(m), k))
-        m.reset_averages()
+def _start_inside(model, clamp, sample):
+    "Let caps that are not there start at the highest that the bounds allow; what to say where that clips something."
+    acts = act_params(model)
+    bounds = [clamp.bounds_of(o.layer, o.kind) for o in acts]
+    absent = {o.layer: (o, high) for o,(_,high) in zip(acts, bounds)
+              if high < torch.finfo(o.param.dtype).max and (o.param == torch.finfo(o.param.dtype).max).all()}
+    for o,high in absent.values():
+        o.param.fill_(high)
+        o.layer.reset_averages()
+    check_starts(acts, bounds)
+    clip = [absent[m] for m in (_clip(model, sample, absent) if absent else ())]
+    return [f'{o.name} had no cap and starts with {high:g}, the highest that its bounds allow, which clips this batch: '
+            f'let ClampActParams({o.kind}=(low, high)) among cbs allow more' for o,high in clip[:1]]
 
 # %% ../nbs/api/29_learner.ipynb #0cf82eb3
 @patch
 def to_learned_relu(self:Learner,
     leak:float=None, # starting slope of the negative side, no unit; None for .05, or as it stood in a trained model
     sub:float=None, # starting shift down, in units of the activation; None for .25, or 0 in a trained model
-    maxv:float=None, # starting cap, in units of the activation; None for 10, or none in a trained model
+    maxv:float=None, # starting cap, in units of the activation; None for 10, or as high as may be in a trained model
     values=None, # a `Profile` of values layer by layer, or the path of its file, in place of the three
     per_channel:bool=True, # one value per channel (True), or per layer
     cbs=None, # a choice of the four callbacks in the place of all; others beside the four; [] for none
@@ -111,28 +128,33 @@ def to_learned_relu(self:Learner,
     **kwargs # passed on to `patch_relus`, for example `exclude` or `init`
 ) -> Learner: # self
     """Replace the ReLUs of the model by learned ones and add the callbacks that keep them: NoDecayActParams,
-    ClampActParams, EMAActParams and ActTelemetry; `ValueError` where none would learn or one start outside its
-    bounds, and a warning where fewer than half of the calls learn, or the curves were there already."""
+    ClampActParams, EMAActParams and ActTelemetry; `ValueError` where none can be replaced or one starts outside its
+    bounds, and a warning where fewer than half of the calls learn, a start may change what the model computes, or the
+    curves were there already."""
     cbs = _chosen(self, cbs)
     clamp = next((o for o in (*cbs, *self.cbs) if isinstance(o, ClampActParams)), None)
     given = {k: v for k,v in dict(leak=leak, sub=sub, maxv=maxv).items() if v is not None}
-    profile = None if values is None else as_profile(values)
-    if clamp: _check_starts(self.model, clamp, given, profile, kwargs)
+    def start(): return _start_inside(self.model, clamp, sample) if clamp else []
     sample = sample_inputs(self) if sample is None else sample
-    try: report = patch_relus(self.model, sample, per_channel=per_channel, values=profile, **given, **kwargs)
-    except AlreadyPatched: return _put_in(self, cbs, _again)
-    try: ensure_in_optimizer(self)
+    try: report = patch_relus(self.model, sample, per_channel=per_channel, values=values, **given, **kwargs)
+    except AlreadyPatched: return _put_in(self, cbs, [_again, *start()])
+    try:
+        said = start() + [o for o in report.notes if o.startswith(UNTOLD)]
+        ensure_in_optimizer(self)
     except ValueError: unpatch_relus(self.model); raise
-    if clamp: _start_inside(self.model, clamp)
     self.relu_report = report
-    few = report.learning < report.calls/2
-    return _put_in(self, cbs, f'{report.summary()}. learn.relu_report says which and why' if few else '')
+    if report.learning < report.calls/2: said.append(f'{report.summary()}. learn.relu_report says which and why')
+    return _put_in(self, cbs, said)
 
 # %% ../nbs/api/29_learner.ipynb #282b151e
 @patch
 def to_relu(self:Learner) -> Learner: # self
-    "Put the old activations back and take our callbacks away; the optimizer is made anew at the next fit."
+    "Put the old activations back and take our callbacks away; the optimizer is made anew, as frozen as it was."
     unpatch_relus(self.model)
     for cls in _ours: self.remove_cb(cls)
+    for o in self._grab_cbs(ActGradPenalty):
+        if o.layers is ActLayer: self.remove_cb(o) # of curves, which are gone
+    frozen = getattr(self.opt, 'frozen_idx', 0)
     self.opt = None
+    if frozen: self.freeze_to(frozen)
     return self

@@ -106,7 +106,7 @@ def swapped(
         raise
 
 # %% ../nbs/api/04_swap.ipynb #5cbcec7c
-_past = 'the model reaches it past its place in the module tree, by a list or a closure, say: left alone'
+_past = 'the model reaches it past its place in the module tree, by a list or a closure, say'
 _varies = 'the number of calls differs from run to run'
 
 def astray(
@@ -131,5 +131,6 @@ def astray(
     res = {s: ('tie', 'another call takes part') for s in slots if first[s] != [len(g) for g in s.groups]}
     res |= {s: ('leave', _past) for s in slots if not any(first[s])}
     res |= {s: ('tie', _varies) for s in slots if s.level is not None and any(o[s] != first[s] for o in again)}
-    return {s: ('leave', f'{why}: left alone') if s.old is None and len(s.groups) == 1 else (what, why)
-            for s,(what,why) in res.items()} # a function that shares one curve already
+    def shares(s): return s.old is None and len(s.groups) == 1 # a function that shares one curve already
+    return {s: ('leave', f'{why}: left alone') if what == 'leave' or shares(s) else (what, why)
+            for s,(what,why) in res.items()}

@@ -344,9 +344,29 @@ def test_a_trained_model_starts_as_it_was_unless_told_otherwise():
         model(X); return model.eval()
     y = trained()(X)
     report = patch_relus(model := trained(), X)
-    assert 'has been trained (BatchNorm counted 1 batches)' in report.notes[0] and torch.equal(model(X), y)
+    assert report.notes[0].startswith('The model has been trained, as the statistics') and torch.equal(model(X), y)
     for kwargs in dict(init={}), dict(leak=.05), dict(init=dict(leak=.05)):
         assert not patch_relus(model := trained(), X, **kwargs).notes and not torch.equal(model(X), y)
+    old = trained()
+    old[1].num_batches_tracked.zero_()  # as after loading a file from before it was counted, or without it
+    assert patch_relus(old, X).notes and torch.equal(old(X), y)
+
+
+def test_what_else_tells_that_a_model_has_been_trained():
+    def model(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4*36, 2)).eval()
+    assert not patch_relus(model(), X).notes, 'weights as PyTorch draws them'
+    frozen, drawn = model(), model()
+    frozen[0].requires_grad_(False)
+    y = frozen(X)
+    assert 'as its frozen weights tell' in patch_relus(frozen, X).notes[0] and torch.equal(frozen(X), y)
+    with torch.no_grad(): drawn[0].weight[0, 0, 0, 0] = 1.
+    y = drawn(X)
+    assert patch_relus(drawn, X).notes[0].startswith('Nothing tells whether the model has been trained') and not torch.equal(drawn(X), y)
+    unpatch_relus(drawn)
+    for init in {}, 'same': assert not patch_relus(drawn, X, init=init).notes; unpatch_relus(drawn)
+    assert torch.equal(drawn(X), y)
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
+    assert not patch_relus(lazy, per_channel=False, dry_run=True).notes
 
 
 def test_samples_by_name_and_activations_of_other_kinds():

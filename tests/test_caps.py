@@ -1,8 +1,11 @@
 "Caps from a batch: every one where it should be, or none moved."
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from learned_relu.batchnorm import fuse_batchnorms
 from learned_relu.caps import caps_from_data
 from learned_relu.layers import LearnedRelu
 
@@ -26,6 +29,16 @@ def test_the_share_is_clipped_and_nothing_else_moves(share):
     for i in 2, 5: model[i].register_forward_hook(lambda m, a, y: seen.append(m.clipped(y).float().mean((0, 2, 3) if m.num_parameters > 1 else None)))
     model(x)
     for o in seen: assert torch.allclose(o, torch.tensor(share), atol=.002) # each channel on its own, and the layer as a whole
+
+
+def test_fused_with_batchnorm_they_are_the_same():
+    apart, x = network(), torch.randn(16, 3, 12, 12)
+    apart[0].weight.data *= 20  # so that it matters what is looked at
+    fused = copy.deepcopy(apart)
+    fuse_batchnorms(fused, x)
+    before = {k: v.clone() for k, v in fused.named_buffers() if 'avg' not in k}
+    for a, b in zip(caps_from_data(apart, x).values(), caps_from_data(fused, x).values(), strict=True): torch.testing.assert_close(a, b)
+    assert all(torch.equal(before[k], v) for k, v in fused.named_buffers() if k in before)
 
 
 def test_a_channel_that_gives_nothing_above_zero_keeps_its_cap():

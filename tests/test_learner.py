@@ -11,17 +11,24 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.learner import Learner, load_learner
+from fastai.torch_core import params
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from learned_relu.all import EMAActParams, FreezeActParams, act_params
+from learned_relu.all import ActGradPenalty, ClampActParams, EMAActParams, FreezeActParams, LearnedClip, act_params, patch_relus
 from learned_relu.learner import sample_inputs
 from learned_relu.spread import param_stats
+
+X = torch.arange(8.)[:, None]*9
 
 
 class Drawing(TensorDataset):
     "As augmentations do, draw from every generator"
     def __getitem__(self, i): random.random(); np.random.rand(); torch.rand(1); return super().__getitem__(i)
+
+
+class OnlyTrains(Callback):
+    def after_train(self): raise CancelFitException
 
 
 def plain(seed=0):
@@ -50,7 +57,8 @@ def test_parameters_put_in_after_a_fit_learn_without_any_callback():
     learn = make()
     learn.model[1] = nn.ReLU(); learn.model[3] = nn.ReLU()
     with quiet(learn): learn.fit(1)
-    with pytest.warns(UserWarning, match='after the optimizer was made'): learn.to_learned_relu(cbs=[])
+    with pytest.warns(UserWarning, match='after the optimizer was made'), pytest.warns(UserWarning, match='Nothing tells whether'):
+        learn.to_learned_relu(cbs=[])
     start = [o.param.detach().clone() for o in act_params(learn.model)]
     with quiet(learn): learn.fit(1)
     moved = {o.kind for o, v in zip(act_params(learn.model), start, strict=True) if (o.param != v).any()}
@@ -122,7 +130,58 @@ def test_a_trained_learner_starts_where_it_stood_within_the_bounds():
     assert act.maxv.tolist() == [100.]*4 and act.maxv_avg.tolist() == [100.]*4 and act.leak.tolist() == [0.]*4
     learn.to_relu().to_learned_relu(init={})
     assert learn.model[2].leak.tolist() == pytest.approx([.05]*4)
-    with pytest.raises(ValueError, match='leak starts at 0.9'): learn.to_relu().to_learned_relu(init=dict(leak=.9))
+    with pytest.raises(ValueError, match='leak starts between 0.9 and 0.9'): learn.to_relu().to_learned_relu(init=dict(leak=.9))
+
+
+@pytest.mark.parametrize('kwargs,words', [
+    (dict(leak=torch.full((1,), .9), per_channel=False), '1.leak starts between 0.9 and 0.9, outside its bounds'),
+    (dict(layer=LearnedClip, cutoff=1000.), '1.cutoff starts between 1000 and 1000'),
+    (dict(init='data'), '1.maxv starts between'), (dict(replace=(nn.ReLU, nn.PReLU), init='same'), '3.leak starts between 0.8 and 0.8')])
+def test_no_start_is_moved_into_the_bounds_unsaid(kwargs, words):
+    learn = plain()
+    learn.model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 4), nn.PReLU(init=.8), nn.Linear(4, 1))
+    with pytest.raises(ValueError, match=words): learn.to_learned_relu(**kwargs)
+    assert not act_params(learn.model) and [type(o) for o in learn.model][1::2] == [nn.ReLU, nn.PReLU]
+
+
+def test_a_cap_that_was_not_there_and_clips_is_told():
+    learn = plain()
+    learn.model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 1))
+    with torch.no_grad(): learn.model[0].weight.fill_(9.)  # of inputs up to 63
+    learn.model[0].requires_grad_(False)
+    y = learn.model(X)
+    with pytest.warns(UserWarning, match='1 had no cap and starts with 100, .* clips this batch'): learn.to_learned_relu(sample=X)
+    assert not torch.equal(learn.model(X), y)
+    learn.to_relu().to_learned_relu(sample=X, cbs=[ClampActParams(maxv=(5, 1000))])
+    assert torch.equal(learn.model(X), y) and learn.model[1].maxv.tolist() == [1000.]*4
+    patch_relus(learn.to_relu().model, X)
+    with pytest.warns(UserWarning, match='were there already'): learn.to_learned_relu(sample=X/9)
+    assert learn.model[1].maxv.tolist() == [100.]*4
+    with quiet(learn): learn.fit(1, cbs=OnlyTrains())
+
+
+def test_batches_may_come_from_pytorch_or_a_list():
+    data = TensorDataset(torch.arange(64.)[:, None], torch.zeros(64, 1))
+    g = torch.Generator().manual_seed(0)
+    loader = DataLoader(data, batch_size=8, shuffle=True, generator=g)
+    draws, batch = g.get_state(), next(iter(DataLoader(data, batch_size=8)))
+    for dls in DataLoaders(loader, loader), DataLoaders([batch]*3, []):
+        learn = Learner(dls, plain().model, nn.MSELoss(), lr=.01).to_learned_relu()
+        assert torch.equal(g.get_state(), draws) and learn.relu_report.learning == 1
+    with pytest.raises(ValueError, match='come only once: pass sample='):
+        Learner(DataLoaders(iter([batch]), []), plain().model, nn.MSELoss()).to_learned_relu()
+
+
+def test_the_way_back_leaves_nothing_of_curves_and_freezes_what_was_frozen():
+    learn = plain()
+    learn.splitter = lambda m: [params(m[0]), params(m[1:])]
+    learn.freeze()
+    learn.to_learned_relu(cbs=ActGradPenalty(.1))
+    assert learn.opt.frozen_idx == 1 and not learn.model[0].weight.requires_grad and act_params(learn.model)
+    learn.to_relu()
+    assert learn.opt.frozen_idx == 1 and not any(isinstance(o, ActGradPenalty) for o in learn.cbs)
+    learn.to_learned_relu()
+    assert learn.opt.frozen_idx == 1 and not learn.model[0].weight.requires_grad
 
 
 def test_one_callback_needs_no_list():

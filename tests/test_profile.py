@@ -181,7 +181,7 @@ def test_starts_that_contradict(kwargs, error, words):
 
 def test_a_learner_starts_from_it_within_its_bounds(file):
     learn = make(layer=lambda n: nn.ReLU())
-    with pytest.raises(ValueError, match='leak starts at 0.9, outside its bounds'):
+    with pytest.raises(ValueError, match='1.leak starts between 0.9 and 0.9, outside its bounds'):
         learn.to_learned_relu(values=Profile({'1': dict(leak=.9, sub=0., maxv=10.)}))
     assert not act_layers(learn.model)
     learn.to_learned_relu(values=file)

@@ -13,7 +13,7 @@ import learned_relu
 ROOT = Path(learned_relu.__file__).parent
 TORCH = ('_files _torch reference kernels.layout kernels.library kernels.build kernels.eager kernels.cpu kernels.cpu_batchnorm '
          'kernels.node kernels.dispatch functional surrogate flat averages act_layer layers batchnorm '
-         'params guard flow sites rewrite trace calls family plan swap patch_report profile patch plot spread history caps standard shift '
+         'params guard flow sites rewrite trace calls family trained plan swap patch_report profile patch plot spread history caps standard shift '
          'fold').split()
 TRITON = 'kernels.tiles kernels.triton kernels.triton_norm kernels.triton_batchnorm'.split()
 TORCH += TRITON

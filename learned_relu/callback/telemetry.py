@@ -236,7 +236,7 @@ def _history(self:ActTelemetry):
 
 @patch
 def plot(self:ActTelemetry,
-    kinds=None, # kinds to draw; None draws all
+    kinds=None, # kinds to draw, or one; None draws all
 ): # array of axes, one per kind
     "Mean of each layer against the step, from the first layer (dark) to the last (light)."
     return history.plot_means(self._history(), kinds)
