@@ -6,10 +6,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from learned_relu.kernels import tiles
 from learned_relu.kernels import triton as curve
 from learned_relu.kernels.cpu_batchnorm import Norm
 from learned_relu.kernels.tiles import Launch
 
+BIG = tiles.BIG
 POINTERS = {torch.float32: '*fp32', torch.float64: '*fp64', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.uint8: '*u8'}
 
 
@@ -32,7 +34,8 @@ def main():
     norm.works = curve.works
     for dtype in torch.float32, torch.float64, torch.bfloat16, torch.float16:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        for last in {False, dtype == torch.float32}:
+        for last, tiles.BIG in {(False, BIG), (dtype == torch.float32, BIG), (dtype == torch.float32, 0)}:
+            tiles._ways.clear()
             x = torch.zeros(2, 9, 8, 6, dtype=dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
             params = tuple(torch.zeros(3, 9, dtype=wide))
             for signs in False, True:

@@ -28,6 +28,15 @@ KINDS = [(*o, d) for o in SHAPES for d in ([torch.float32, torch.bfloat16] if SL
 
 
 @pytest.fixture
+def big(monkeypatch):
+    "Places are counted as in inputs of more than 2^31 elements"
+    monkeypatch.setattr(tiles, 'BIG', 0)
+    tiles._ways.clear()
+    yield
+    tiles._ways.clear()
+
+
+@pytest.fixture
 def small(monkeypatch):
     "Tiles so small that even these inputs have many, and programs so few that each has several"
     monkeypatch.setattr(tiles, 'SIZE', 128)
@@ -83,6 +92,19 @@ def test_many_tiles(shape, last, per_channel, dtype, small):
 @pytest.mark.parametrize('dtype,other', [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.bfloat16, torch.float32),
                                          (torch.float16, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.bfloat16)])
 def test_parameters_of_another_dtype(dtype, other, last): rounded(dtype, other, (2, 20, 3, 3), last, DEVICE)
+
+
+@pytest.mark.parametrize('last', [False, True])
+def test_places_in_64_bits(last, small, big):
+    as_the_reference((3, 20, 3, 5), 1, 20, 'some', torch.float32, last)
+    as_the_two_apart((3, 20, 3, 5), torch.float32, last)
+
+
+def test_more_channels_than_a_grid_takes():
+    x = torch.randn(tiles.GROUPS + 1, 3, device=DEVICE)
+    ps = [torch.rand(len(x), device=DEVICE, requires_grad=True) for _ in range(3)]
+    assert tiles.way_for(x, 0, len(x)) is None and tiles.way_for(x[1:], 0, len(x) - 1) is not None
+    assert torch.equal(learned_relu(x, *ps, 0), learned_relu_reference(x, *ps, 0))
 
 
 @pytest.mark.parametrize('learns', [True, False])
@@ -249,6 +271,17 @@ def test_what_hardly_varies(last, eps, small):
     assert_close(var.double(), exact.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.filterwarnings('ignore:overflow encountered in cast')  # NumPy's, of the interpreter
+@pytest.mark.parametrize('last', [False, True])
+def test_a_mean_far_away_in_half_precision(last):
+    "Beyond the ends of a tile it is normalised to infinity"
+    x = torch.full((3, 4, 3, 3), 1000., device=DEVICE, dtype=torch.float16)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    ps = [torch.full((4,), o, device=DEVICE, requires_grad=True) for o in (.05, .25, 10.)]
+    y = bn_learned_relu(x, None, None, None, None, *ps, training=True)
+    assert all(o.isfinite().all() for o in torch.autograd.grad(y.sum(), [x, *ps]))
+
+
 def test_second_derivatives_with_batchnorm():
     torch.manual_seed(0)
     args = given(*(o.double() for o in (torch.randn(3, 2, 3), torch.ones(2), torch.zeros(2), *inputs((3, 2), 1, 2, 'some')[1:])))
@@ -273,6 +306,7 @@ def test_kernels_started(monkeypatch):
         res = f()
         return len(started), res
     x, *ps = given(*inputs((2, 3, 4, 4), 1, 3, 'some', False, torch.float32))
+    assert triton.works(x.device)  # which tries two once
     for f, want in ((lambda: learned_relu(x, *ps), (1, 1)), (lambda: bn_learned_relu(x, None, None, None, None, *ps, training=True), (3, 2))):
         n, y = count(f)
         m, _ = count(lambda: torch.autograd.grad(y.sum(), [x, *ps]))  # noqa: B023

@@ -138,6 +138,7 @@ def norm_sums(g_ptr, x_ptr, parts_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, 
     for t in range(chunk*per, min(chunk*per + per, tiles)):
         at,inside,line,i = place(group, t, outer, channels, inner, across, LAST, BIG, ROWS, WIDE)
         x = tl.load(x_ptr + at, mask=inside, other=0.).to(leak.dtype)
+        x = tl.where(inside, x, mean) # 0 may lie so far from it that it is normalised to infinity
         g = tl.load(g_ptr + at, mask=inside, other=0.).to(leak.dtype)
         dh,passed,negative,clipped = _dh(x, g, mean, scale, bias, leak, sub, maxv, x_ptr, LOWEST)
         dleak += passed*negative
