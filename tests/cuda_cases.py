@@ -155,7 +155,7 @@ def net(act, dtype=torch.float32, last=False):
 
 
 @pytest.mark.parametrize('last', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_as_small_as_relu_in_place(dtype, last):
     x = torch.randn(2, 3, 18, 18, device=DEVICE, dtype=dtype)
     if last: x = x.contiguous(memory_format=torch.channels_last)
@@ -271,6 +271,18 @@ def test_what_hardly_varies(last, eps, small):
     assert_close(var.double(), exact.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_the_same_again_with_batchnorm_and_gradients_that_lie_otherwise(dtype, last, small):
+    args = fused_and_apart((3, 20, 3, 5), dtype, last)[0]
+    some = [o for o in args if o is not None]
+    def back(g): return torch.autograd.grad(bn_learned_relu(args[0], None, None, *args[1:], training=True), some, g)
+    one, g = torch.tensor(.5, device=DEVICE, dtype=dtype), torch.randn(3, 20, 5, 3, device=DEVICE).to(dtype).mT
+    for given, plain in ((one.expand(args[0].shape), one.repeat(args[0].shape)), (g, g.contiguous())):
+        for a, b, c in zip(back(given), back(given), back(plain), strict=True): assert torch.equal(a, b) and torch.equal(a, c)
+    assert bn_learned_relu(args[0][:0], *torch.ones(2, 20, device=DEVICE), *args[1:]).shape == (0, 20, 3, 5)
+
+
 @pytest.mark.filterwarnings('ignore:overflow encountered in cast')  # NumPy's, of the interpreter
 @pytest.mark.parametrize('last', [False, True])
 def test_a_mean_far_away_in_half_precision(last):
@@ -375,6 +387,17 @@ if DEVICE == 'cuda':  # the interpreter has no streams
         assert (fit_rows(learners, 1).seconds > 0).all()
         for learn, old in zip(learners.values(), before, strict=True):
             assert any(not torch.equal(a, b) for a, b in zip(learn.model.parameters(), old.parameters(), strict=True)), 'it was trained'
+
+    def test_kernels_as_the_profiler_counts_them():
+        x, *ps = given(*inputs((4, 8, 16, 16), 1, 8, 'some', False, torch.float32))
+        def count(f):
+            f()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen: f(); torch.cuda.synchronize()
+            return sum(o.count for o in seen.key_averages() if o.device_type == torch.autograd.DeviceType.CUDA)
+        for f, want in ((lambda: learned_relu(x, *ps), (1, 2)), (lambda: bn_learned_relu(x, None, None, None, None, *ps, training=True), (3, 3))):
+            y = f()
+            g = torch.randn_like(y)
+            assert (count(f), count(lambda: torch.autograd.grad(y, [x, *ps], g, retain_graph=True))) == want  # noqa: B023
 
     def test_addresses_that_are_no_multiples_of_16():
         for shift in 0, 1, 0, 2:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -95,11 +96,12 @@ def test_each_kind_of_row_for_a_gpu_is_measured_on_a_stand_in(monkeypatch):
     class Graph:
         def replay(self): torch.ones(1000).sum()
 
-    given = dict(synchronize=lambda: None, Stream=lambda: None, stream=lambda _: nullcontext(), CUDAGraph=Graph, graph=lambda _: nullcontext(),
-                 reset_peak_memory_stats=lambda: None, memory_allocated=lambda: 1, max_memory_allocated=lambda: 8)
+    given = dict(synchronize=lambda: None, Stream=lambda: None, stream=lambda _: nullcontext(), CUDAGraph=Graph, graph=lambda _, pool: nullcontext(),
+                 graph_pool_handle=lambda: 1, reset_peak_memory_stats=lambda: None, memory_allocated=lambda: 1, max_memory_allocated=lambda: 8)
     for k, v in given.items(): monkeypatch.setattr(torch.cuda, k, v)
     monkeypatch.setitem(full.SIZES, 'cuda', {'xresnet18': (32, 2)})
     monkeypatch.setitem(full.KINDS, 'cuda', full.KINDS['cuda'][:1])
+    monkeypatch.setattr(full, 'FIT', 2)
     copied, measured = full.copy_rows, full.activation_rows
     monkeypatch.setattr(full, 'copy_rows', lambda device, _: copied(device, 1024, 1))
     monkeypatch.setattr(full, 'activation_rows', lambda layers, _, *args: measured(layers, (2, 64, 4, 4), *args))
@@ -111,7 +113,41 @@ def test_each_kind_of_row_for_a_gpu_is_measured_on_a_stand_in(monkeypatch):
     of = {k: rows[rows.work.str.startswith(k)] for k in ('copy', 'operation', 'with BatchNorm', 'step, ', 'step in a CUDA graph', 'fit of')}
     assert [len(o) for o in of.values()] == [1, 16, 8, 5, 5, 5]
     assert of['fit of'].name.iloc[-1] == 'LearnedRelu, fuse_bn, all callbacks' and (of['step, '].peak == 1).all()
-    assert (rows.bytes_per_second > 0).sum() == 25
+    assert (rows.bytes_per_second > 0).sum() == 11 and not [o for o in full.full_works('cuda', 1, 0) if 'xresnet' in o]
+
+
+def test_a_speed_record_keeps_what_was_measured_however_it_ends(tmp_path, monkeypatch, capsys):
+    from learned_relu.bench.commands import speed
+    class OutOfResources(Exception): pass  # as Triton's, which is no RuntimeError
+
+    def of(error=None):
+        def work():
+            if error: raise error
+            return full.ratios_to('relu', full.timed({'relu': lambda: None}, 3)).assign(rounds=3)
+        return work
+
+    def stopped(): os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)
+    works = dict(a=of(), b=of(OutOfResources('shared memory\nand more')), c=of(RuntimeError()), d=of(FileNotFoundError('no C compiler')))
+    works |= dict(e=of(), f=stopped, g=of())
+    monkeypatch.setattr(speed, 'full_works', lambda *_: works)
+    out = tmp_path/'o'
+    speed.learned_relu_speed(out, all=True, device='cpu', rounds=1, steps=1)
+    record = json.loads((out/'speed.json').read_text())
+    assert [o['work'] for o in record['rows']] == ['a', 'e'] and record['left'] == list('bcdfg') and record['seconds'] < 9
+    assert record['ended'] == 'interrupted; b: OutOfResources: shared memory; c: RuntimeError: ; d: FileNotFoundError: no C compiler'
+    assert 'interrupted; b: OutOfResources' in (out/'speed.html').read_text() and (out/'speed.csv').exists() and (out/'speed.png').exists()
+    for device, words in ('cuda:1', "device is 'cuda:1': pass cpu or cuda"), ('cuda', 'no GPU is there'):
+        if device == 'cuda' and torch.cuda.is_available(): continue
+        with pytest.raises(SystemExit, match=words): speed.learned_relu_speed(tmp_path/'p', all=True, device=device)
+
+
+def test_a_work_that_takes_too_long_ends_with_the_round():
+    made = []
+    def work():
+        times = full.timed({'relu': lambda: made.append(1)}, 1000, number=1)
+        return full.ratios_to('relu', times).assign(rounds=len(times))
+    rows, left, ended = full.measured_until(dict(a=work, b=work), 0)
+    assert rows.rounds.tolist() == [1] and len(made) == 2 and (left, ended) == (['b'], 'the 0 minutes were up')
 
 
 def test_a_comparison_is_paired_recorded_and_reported(finished):

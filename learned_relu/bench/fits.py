@@ -16,11 +16,18 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 
 from .speed import ratios_to, timed
+from ..callback.clamp import ClampActParams
+from ..callback.decay import NoDecayActParams
+from ..callback.ema import EMAActParams
 from ..callback.freeze import FreezeActParams
+from ..callback.telemetry import ActTelemetry
 from ..xresnet import plain_xresnet
 from .. import learner # noqa: F401, it gives a Learner its `to_learned_relu`
 
 # %% ../../nbs/api/36_bench.fits.ipynb #e2135feb
+class _Batches(list): # which fastai may send to the device that they are on
+    def to(self, device): return self
+
 PRECISIONS = {torch.float32: lambda o: o, torch.bfloat16: Learner.to_bf16, torch.float16: Learner.to_fp16}
 
 def learners_of(
@@ -30,17 +37,20 @@ def learners_of(
     device:str='cpu', # where
     dtype:torch.dtype=torch.float32, # of the activations: another than float32 means fastai's mixed precision, on a GPU
     memory_format:torch.memory_format=torch.contiguous_format, # of images and weights
-    steps:int=8, # of each fit
-) -> dict: # name -> learner
+    steps:int=28, # of each fit
+) -> dict: # name -> learner; telemetry records the first and the last step, which of 28 is as often as in a long fit
     "The same training with ReLU twice, with curves, and with all callbacks."
     x = torch.randn(bs, 3, size, size, device=device).contiguous(memory_format=memory_format)
     y = torch.randint(0, 10, (bs,), device=device)
-    def made(*cbs, patched=True, **kwargs):
+    def made(cbs=(), patched=True, **kwargs):
         model = plain_xresnet(arch, 10).to(device, memory_format=memory_format)
-        learn = Learner(DataLoaders([(x, y)]*steps, []), model, CrossEntropyLossFlat(), opt_func=SGD, lr=1e-3)
-        if patched: learn.to_learned_relu(sample=x[:2], cbs=None if cbs else [], **kwargs)
-        return PRECISIONS[dtype](learn.add_cbs(cbs))
-    def every(): return FreezeActParams(1 - 1/steps)
+        dls = DataLoaders(_Batches([(x, y)]*steps), _Batches(), device=torch.device(device))
+        learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=SGD, lr=1e-3)
+        if patched: learn.to_learned_relu(sample=x[:2], cbs=cbs, **kwargs)
+        return PRECISIONS[dtype](learn)
+    def every():
+        kept = NoDecayActParams(),ClampActParams(),EMAActParams()
+        return [*kept, ActTelemetry(every=steps), FreezeActParams(1 - 1/steps)]
     return {'relu': made(patched=False), 'relu again': made(patched=False), 'LearnedRelu': made(),
             'LearnedRelu, all callbacks': made(every()),
             'LearnedRelu, fuse_bn, all callbacks': made(every(), fuse_bn=True)}
@@ -56,4 +66,4 @@ def fit_rows(
             with learn.no_bar(), learn.no_logging(): learn.fit(1)
         return run
     times = timed({k: fit(o) for k,o in learners.items()}, rounds, number=1)
-    return ratios_to(next(iter(learners)), times).assign(seconds=times.median(), rounds=rounds)
+    return ratios_to(next(iter(learners)), times).assign(seconds=times.median(), rounds=len(times))

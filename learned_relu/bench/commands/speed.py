@@ -79,11 +79,15 @@ def plot_speed(
 # %% ../../../nbs/api/37_bench.commands.speed.ipynb #95ee01a3
 def _environment(): return {k: v for k,v in sorted(os.environ.items()) if k.startswith(('MALLOC_', 'OMP_', 'MKL_'))}
 
-def _check_asked(path, rounds, steps, archs):
+def _check_asked(path, rounds, steps, archs, device):
     if path.exists():
         raise SystemExit(f'error: {path} is there already, and a record never changes: pass another --out')
     if rounds < 1 or steps < 0:
         raise SystemExit(f'error: rounds is {rounds} and steps {steps}: pass 1 or more rounds, and 0 or more steps')
+    if device not in ('cpu', 'cuda'):
+        raise SystemExit(f'error: device is {device!r}: pass cpu or cuda; CUDA_VISIBLE_DEVICES chooses one of several')
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise SystemExit('error: device is cuda, and no GPU is there: pass cpu')
     known = xresnet_names()
     for o in archs:
         if o not in known: raise SystemExit(f'error: archs names {o!r}: pass some of {", ".join(known)}')
@@ -120,12 +124,12 @@ def _print(df, first):
 def _interrupt(*_): raise KeyboardInterrupt
 
 def _measured_all(device, rounds, steps, minutes, about):
-    main = threading.current_thread() is threading.main_thread()
+    main,began = threading.current_thread() is threading.main_thread(),time.monotonic()
     before = signal.signal(signal.SIGTERM, _interrupt) if main else None # as `timeout` ends a process
     try: df,left,ended = measured_until(full_works(device, rounds, steps), minutes)
     finally:
         if main: signal.signal(signal.SIGTERM, before)
-    about.update(left=left, ended=ended, shape=None)
+    about.update(left=left, ended=ended, seconds=round(time.monotonic() - began), shape=None)
     return df
 
 @call_parse
@@ -144,8 +148,8 @@ def learned_relu_speed(
     "Measure what each activation costs on this machine, as ratios to ReLU, and write a record."
     path = Path(out)
     names = [o.strip() for o in archs.split(',') if o.strip()]
-    _check_asked(path, rounds, steps, names)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    _check_asked(path, rounds, steps, names, device)
     about = dict(format=FORMAT, began=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), shape=(32, 64, 32, 32),
                  environment=_environment(), **made_by(device, {}))
     try:
