@@ -122,14 +122,18 @@ def _record(self:ActTelemetry, grads):
     self._flow,self._last = {},None
 
 @patch
-def after_fit(self:ActTelemetry):
-    "Record the last step of a fit that ended early, before a callback loads other values."
+def _record_last(self:ActTelemetry): # the step of a fit that ended early
     if self._last: self._record([None]*len(self._acts))
+
+@patch
+def after_fit(self:ActTelemetry):
+    "Record the last step before a callback loads other values."
+    if not self.learn.lock.locked(): self._record_last() # else somebody validates within the fit
 
 @patch
 def end(self:ActTelemetry):
     self.after_batch()
-    self.after_fit() # where an error broke the fit off
+    self._record_last() # where an error broke the fit off
 
 # %% ../../nbs/api/24_callback.telemetry.ipynb #cd5c2045
 def _check_visible(model):
