@@ -28,7 +28,7 @@ from .callback.freeze import FreezeActParams
 from .callback.log import LogActParams
 from .callback.penalty import ActGradPenalty
 from .callback.telemetry import ActTelemetry
-from .params import act_params
+from .params import act_layers, act_params
 from .patch import AlreadyPatched, patch_relus, unpatch_relus
 from .trace import run_once
 from .trained import UNTOLD
@@ -88,6 +88,10 @@ def _put_in(learn, cbs, said):
     for o in said: warnings.warn(o, stacklevel=3)
     return learn.add_cbs(cbs)
 
+def _take_out(model, built): # curves that were built in stay
+    unpatch_relus(model)
+    for n,m in built.items(): setattr(model.get_submodule(n.rpartition('.')[0]), n.rpartition('.')[2], m)
+
 def _clip(model, sample, layers):
     "Those of `layers` whose caps clip something of `sample`."
     bound,hooks = [],[]
@@ -135,13 +139,13 @@ def to_learned_relu(self:Learner,
     clamp = next((o for o in (*cbs, *self.cbs) if isinstance(o, ClampActParams)), None)
     given = {k: v for k,v in dict(leak=leak, sub=sub, maxv=maxv).items() if v is not None}
     def start(): return _start_inside(self.model, clamp, sample) if clamp else []
-    sample = sample_inputs(self) if sample is None else sample
+    sample,built = sample_inputs(self) if sample is None else sample,act_layers(self.model)
     try: report = patch_relus(self.model, sample, per_channel=per_channel, values=values, **given, **kwargs)
     except AlreadyPatched: return _put_in(self, cbs, [_again, *start()])
     try:
         said = start() + [o for o in report.notes if o.startswith(UNTOLD)]
         ensure_in_optimizer(self)
-    except ValueError: unpatch_relus(self.model); raise
+    except ValueError: _take_out(self.model, built); raise
     self.relu_report = report
     if report.learning < report.calls/2: said.append(f'{report.summary()}. learn.relu_report says which and why')
     return _put_in(self, cbs, said)

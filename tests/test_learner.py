@@ -15,7 +15,7 @@ from fastai.torch_core import params
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learned_relu.all import ActGradPenalty, ClampActParams, EMAActParams, FreezeActParams, LearnedClip, act_params, patch_relus
+from learned_relu.all import ActGradPenalty, ClampActParams, EMAActParams, FreezeActParams, LearnedClip, LearnedRelu, act_params, patch_relus
 from learned_relu.learner import sample_inputs
 from learned_relu.spread import param_stats
 
@@ -142,6 +142,14 @@ def test_no_start_is_moved_into_the_bounds_unsaid(kwargs, words):
     learn.model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 4), nn.PReLU(init=.8), nn.Linear(4, 1))
     with pytest.raises(ValueError, match=words): learn.to_learned_relu(**kwargs)
     assert not act_params(learn.model) and [type(o) for o in learn.model][1::2] == [nn.ReLU, nn.PReLU]
+
+
+def test_a_refused_start_leaves_curves_that_were_built_in():
+    learn = plain()
+    learn.model = nn.Sequential(nn.Linear(1, 4), LearnedRelu(4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 1)).eval()
+    before = learn.model[1]
+    with pytest.raises(ValueError, match='2.1.leak starts between 0.9'): learn.to_learned_relu(leak=.9)
+    assert learn.model[1] is before and isinstance(learn.model[2][1], nn.ReLU)
 
 
 def test_a_cap_that_was_not_there_and_clips_is_told():
