@@ -110,7 +110,7 @@ class Flow(TorchFunctionMode):
         self.origins,self.changed,self.inside = WeakTensorKeyDictionary(),{},False
 
     def origin(self, t): return self.origins.get(t) or Origin()
-    def note(self, t, **kwargs): self.origins[t] = Origin(born=t._version, **kwargs)
+    def note(self, t, **kwargs): self.origins[t] = Origin(born=0 if t.is_inference() else t._version, **kwargs)
 
     def read(self, tensors):
         "Note that `tensors` are read, and which of them somebody has changed in place since they were made."
